@@ -1,0 +1,172 @@
+"""Log-probabilities of tokens, aligned with the tokens they score.
+
+`logps[..., t] = log p(ids[..., t] | ids[..., :t])`: the logits or hidden states at t - 1 predict token t. The shift
+happens here and nowhere else; position 0, which nothing predicts, and masked positions are 0. The mean over a
+row's tokens (IPO, SimPO) is `masking.masked_mean(logps, mask, -1)`.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from alignkit.masking import promote
+
+
+def token_logps(
+    logits: Float[Tensor, "*batch time vocab"],
+    ids: Int[Tensor, "*batch time"],
+    mask: Bool[Tensor, "*batch time"],
+) -> Float[Tensor, "*batch time"]:
+    """log_softmax(logits[t - 1])[ids[t]] where `mask[t]`, else 0."""
+    counted = mask[..., 1:]
+    logits = torch.where(counted[..., None], promote(logits[..., :-1, :]), 0)
+    picked = _picked(logits, torch.where(counted, ids[..., 1:], 0))
+    return pad(torch.where(counted, picked, 0), (1, 0))
+
+
+def sequence_logps(
+    logits: Float[Tensor, "*batch time vocab"],
+    ids: Int[Tensor, "*batch time"],
+    mask: Bool[Tensor, "*batch time"],
+) -> Float[Tensor, "*batch"]:
+    """Sum of `token_logps` over the masked tokens: log p(answer | prompt) when the mask covers the answer."""
+    return token_logps(logits, ids, mask).sum(-1)
+
+
+def vocab_mean_logps(
+    logits: Float[Tensor, "*batch time vocab"], mask: Bool[Tensor, "*batch time"]
+) -> Float[Tensor, "*batch time"]:
+    """Mean over the vocabulary of log_softmax(logits[t - 1]) where `mask[t]`, else 0; for label smoothing."""
+    counted = mask[..., 1:]
+    logits = torch.where(counted[..., None], promote(logits[..., :-1, :]), 0)
+    return pad(logits.log_softmax(-1).mean(-1), (1, 0)) * pad(counted, (1, 0))
+
+
+def entropy(
+    logits: Float[Tensor, "*batch time vocab"], mask: Bool[Tensor, "*batch time"]
+) -> Float[Tensor, "*batch time"]:
+    """Entropy in nats of the distribution that predicts token t, -sum_v p log p, where `mask[t]`, else 0.
+
+    Entries with p = 0 (filtered to -inf) contribute 0.
+    """
+    counted = mask[..., 1:]
+    logits = torch.where(counted[..., None], promote(logits[..., :-1, :]), 0)
+    return pad(torch.where(counted, _entropies(logits), 0), (1, 0))
+
+
+def head_logps(
+    hidden: Float[Tensor, "*batch time dim"],
+    weight: Float[Tensor, "vocab dim"],
+    ids: Int[Tensor, "*batch time"],
+    mask: Bool[Tensor, "*batch time"],
+    *,
+    bias: Float[Tensor, "vocab"] | None = None,
+    chunk: int = 512,
+) -> Float[Tensor, "*batch time"]:
+    """`token_logps(hidden @ weight.T + bias, ids, mask)` without ever holding [..., T, V].
+
+    The head runs on `chunk` positions at a time, only on those that count, and again in the backward pass.
+    Works under `grad`, `vmap`, `jvp` and double backward (under a transform on every position, as shapes must
+    not depend on data).
+    """
+    counted = mask[..., 1:]
+    targets = torch.where(counted, ids[..., 1:], 0)
+    return _head(_picked, hidden, weight, bias, targets, counted, chunk)
+
+
+def head_entropy(
+    hidden: Float[Tensor, "*batch time dim"],
+    weight: Float[Tensor, "vocab dim"],
+    mask: Bool[Tensor, "*batch time"],
+    *,
+    bias: Float[Tensor, "vocab"] | None = None,
+    chunk: int = 512,
+) -> Float[Tensor, "*batch time"]:
+    """`entropy(hidden @ weight.T + bias, mask)` without ever holding [..., T, V]; see `head_logps`."""
+    counted = mask[..., 1:]
+    return _head(_entropies, hidden, weight, bias, counted.long(), counted, chunk)
+
+
+def _picked(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def _entropies(logits: Tensor, _: Tensor | None = None) -> Tensor:
+    logps = logits.log_softmax(-1)
+    return -(logps.exp() * torch.where(logps > -torch.inf, logps, 0)).sum(-1)
+
+
+_Statistic: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+def _head(
+    statistic: _Statistic,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    counted: Tensor,
+    chunk: int,
+) -> Tensor:
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1 position")
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    hidden = hidden[..., :-1, :]
+    if torch._C._are_functorch_transforms_active():  # shapes must not depend on the mask here
+        rows = torch.where(counted[..., None], hidden, 0).reshape(-1, hidden.shape[-1])
+        out = _Chunked.apply(rows, weight, bias, targets.reshape(-1), statistic, chunk)
+        return pad(torch.where(counted, out.reshape(counted.shape), 0), (1, 0))
+    where = counted.nonzero(as_tuple=True)
+    out = _Chunked.apply(hidden[where], weight, bias, targets[where], statistic, chunk)
+    return pad(torch.zeros(counted.shape, dtype=out.dtype, device=out.device).index_put(where, out), (1, 0))
+
+
+class _Chunked(torch.autograd.Function):
+    """statistic(rows @ weight.T + bias, targets), `chunk` rows at a time; logits are recomputed when needed."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        rows: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, statistic: _Statistic, chunk: int
+    ) -> Tensor:
+        parts = zip(rows.split(chunk), targets.split(chunk))
+        return torch.cat([statistic(promote(linear(x, weight, bias)), t) for x, t in parts])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.statistic, ctx.chunk = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, bias, targets = ctx.saved_tensors
+        d_rows, d_weight, d_bias = [], torch.zeros_like(weight), torch.zeros_like(bias)
+        for x, t, g in zip(rows.split(ctx.chunk), targets.split(ctx.chunk), grad.split(ctx.chunk)):
+            head = _at(ctx.statistic, t)
+            dx, dw, db = torch.func.vjp(head, x, weight, bias)[1](g)
+            d_rows.append(dx)
+            d_weight, d_bias = d_weight + dw, d_bias + db
+        return torch.cat(d_rows), d_weight, d_bias, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        rows, weight, bias, targets = ctx.saved_tensors
+        d_rows, d_weight, d_bias = (
+            torch.zeros_like(x) if d is None else d for x, d in zip((rows, weight, bias), tangents)
+        )
+        out = []
+        for x, t, dx in zip(rows.split(ctx.chunk), targets.split(ctx.chunk), d_rows.split(ctx.chunk)):
+            # forward-mode AD does not nest, so transpose the (linear) vjp instead
+            value, vjp = torch.func.vjp(_at(ctx.statistic, t), x, weight, bias)
+            out.append(torch.func.vjp(vjp, torch.zeros_like(value))[1]((dx, d_weight, d_bias))[0])
+        return torch.cat(out)
+
+
+def _at(statistic: _Statistic, targets: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda rows, weight, bias: statistic(promote(linear(rows, weight, bias)), targets)

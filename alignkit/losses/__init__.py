@@ -1,0 +1,1 @@
+"""Losses, un-reduced: multiply by weights and sum (`weights.weigh`) to get the scalar to minimise."""

@@ -1,0 +1,59 @@
+"""From scores of whole answers to rewards."""
+
+import torch
+from jaxtyping import Bool, Float, Int, Real
+from torch import Tensor
+
+from alignkit.masking import last_index, promote
+
+
+def kl_shaped(
+    scores: Real[Tensor, "*batch"],
+    kl: Float[Tensor, "*batch time"],
+    mask: Bool[Tensor, "*batch time"],
+    *,
+    coef: float | Tensor,
+) -> Float[Tensor, "*batch time"]:
+    """r_t = -coef kl_t, plus the score at the last True position; 0 where `mask` is False.
+
+    A row without a True position has nowhere to put its score and is 0. Ziegler et al. 2019, arXiv:1909.08593
+    eq. 2; Ouyang et al. 2022, arXiv:2203.02155 eq. 2.
+    """
+    penalty = -coef * promote(kl)
+    last = torch.arange(mask.shape[-1], device=mask.device) == last_index(mask)[..., None]
+    return torch.where(mask, penalty + torch.where(last, promote(scores)[..., None], 0), 0)
+
+
+def clip_score(scores: Real[Tensor, "*batch"], *, limit: float | Tensor) -> Float[Tensor, "*batch"]:
+    """min(max(score, -limit), limit)."""
+    scores = promote(scores)
+    limit = torch.as_tensor(limit, dtype=scores.dtype, device=scores.device)
+    return torch.maximum(torch.minimum(scores, limit), -limit)
+
+
+def scale_score(scores: Real[Tensor, "*batch"], std: float | Tensor, *, eps: float = 1e-8) -> Float[Tensor, "*batch"]:
+    """Score / (std + eps), `std` usually that of `controllers.running_moments`."""
+    return promote(scores) / (std + eps)
+
+
+def normalize_score(
+    scores: Real[Tensor, "*batch"], mean: float | Tensor, std: float | Tensor, *, eps: float = 1e-8
+) -> Float[Tensor, "*batch"]:
+    """(score - mean) / (std + eps)."""
+    return (promote(scores) - mean) / (std + eps)
+
+
+def missing_eos(
+    scores: Real[Tensor, "*batch"],
+    ids: Int[Tensor, "*batch time"],
+    mask: Bool[Tensor, "*batch time"],
+    *,
+    eos: int,
+    penalty: float | Tensor,
+) -> Float[Tensor, "*batch"]:
+    """Score - penalty where no True position of the row holds the token `eos`: the answer was cut off.
+
+    Stiennon et al. 2020, arXiv:2009.01325; the "EOS trick" of Huang et al. 2024, arXiv:2403.17031 detail 4.2.
+    """
+    ended = (mask & (ids == eos)).any(-1)
+    return promote(scores) - torch.where(ended, 0.0, penalty)
