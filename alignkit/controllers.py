@@ -42,16 +42,16 @@ def adaptive_kl(*, coef: float = 0.2, target: float = 6.0, horizon: float = 10_0
 
 
 class Moments(NamedTuple):
-    """Count, mean and sum of squared deviations of everything seen; 0-d float64 tensors."""
+    """Number, mean and sum of squared deviations of everything seen; 0-d float64 tensors."""
 
-    count: Tensor
+    n: Tensor
     mean: Tensor
     m2: Tensor
 
     def std(self, *, correction: int = 1) -> Tensor:
-        """Standard deviation; 1 while `count <= correction`, when there is none and scaling must do nothing."""
-        var = self.m2 / (self.count - correction).clamp(min=1)
-        return torch.where(self.count > correction, var.sqrt(), 1)
+        """Standard deviation; 1 while `n <= correction`, when there is none and scaling must do nothing."""
+        var = self.m2 / (self.n - correction).clamp(min=1)
+        return torch.where(self.n > correction, var.sqrt(), 1)
 
 
 def running_moments() -> Stateful:
@@ -65,19 +65,19 @@ def running_moments() -> Stateful:
 
     def update(state: Moments, x: Real[Tensor, "*shape"]) -> Moments:
         x = x.to(torch.float64)
-        count = torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device)
-        mean = x.sum() / count.clamp(min=1)
-        return merge_moments(state, Moments(count, mean, ((x - mean) ** 2).sum()))
+        n = torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device)
+        mean = x.sum() / n.clamp(min=1)
+        return merge_moments(state, Moments(n, mean, ((x - mean) ** 2).sum()))
 
     return Stateful(init, update)
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
     """The moments of two streams together, as if one had seen both (e.g. of two processes)."""
-    count = a.count + b.count
-    share = b.count / count.clamp(min=1)
+    n = a.n + b.n
+    share = b.n / n.clamp(min=1)
     gap = b.mean - a.mean
-    return Moments(count, a.mean + gap * share, a.m2 + b.m2 + gap**2 * a.count * share)
+    return Moments(n, a.mean + gap * share, a.m2 + b.m2 + gap**2 * a.n * share)
 
 
 def ema(*, decay: float) -> Stateful:

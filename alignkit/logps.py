@@ -147,7 +147,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, bias, targets = ctx.saved_tensors
         d_rows, d_weight, d_bias = [], torch.zeros_like(weight), torch.zeros_like(bias)
-        for x, t, g in zip(rows.split(ctx.chunk), targets.split(ctx.chunk), grad.split(ctx.chunk)):
+        for x, t, g in zip(*(a.split(ctx.chunk) for a in (rows, targets, grad))):
             head = _at(ctx.statistic, t)
             dx, dw, db = torch.func.vjp(head, x, weight, bias)[1](g)
             d_rows.append(dx)
@@ -163,7 +163,7 @@ class _Chunked(torch.autograd.Function):
         out = []
         for x, t, dx in zip(rows.split(ctx.chunk), targets.split(ctx.chunk), d_rows.split(ctx.chunk)):
             # forward-mode AD does not nest, so transpose the (linear) vjp instead
-            value, vjp = torch.func.vjp(_at(ctx.statistic, t), x, weight, bias)
+            value, vjp = torch.func.vjp(_at(ctx.statistic, t), x, weight, bias)[:2]
             out.append(torch.func.vjp(vjp, torch.zeros_like(value))[1]((dx, d_weight, d_bias))[0])
         return torch.cat(out)
 

@@ -14,6 +14,11 @@ def promote(x: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def clip(x: Real[Tensor, "*shape"], low: float | Tensor, high: float | Tensor) -> Float[Tensor, "*shape"]:
+    """max(min(x, high), low); each bound a float or a tensor."""
+    return promote(x).clamp(max=high).clamp(min=low)
+
+
 def masked_sum(
     x: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], dim: int | None = None
 ) -> Float[Tensor, "*reduced"]:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
-from alignkit.masking import last_index, promote
+from alignkit.masking import clip, last_index, promote
 
 
 def kl_shaped(
@@ -26,9 +26,7 @@ def kl_shaped(
 
 def clip_score(scores: Real[Tensor, "*batch"], *, limit: float | Tensor) -> Float[Tensor, "*batch"]:
     """min(max(score, -limit), limit)."""
-    scores = promote(scores)
-    limit = torch.as_tensor(limit, dtype=scores.dtype, device=scores.device)
-    return torch.maximum(torch.minimum(scores, limit), -limit)
+    return clip(scores, -limit, limit)
 
 
 def scale_score(scores: Real[Tensor, "*batch"], std: float | Tensor, *, eps: float = 1e-8) -> Float[Tensor, "*batch"]:

@@ -6,7 +6,7 @@
 from jaxtyping import Bool, Float, Real
 from torch import Tensor, maximum
 
-from alignkit.masking import promote
+from alignkit.masking import clip, promote
 
 
 def reinforce(logps: Float[Tensor, "*shape"], advantages: Real[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -28,7 +28,7 @@ def clipped_surrogate(
     arXiv:2503.14476 eq. 8.
     """
     ratio, advantages = (promote(logps) - promote(old_logps)).exp(), promote(advantages)
-    return maximum(-ratio * advantages, -ratio.clamp(1 - low, 1 + high) * advantages)
+    return maximum(-ratio * advantages, -clip(ratio, 1 - low, 1 + high) * advantages)
 
 
 def clip_fraction(

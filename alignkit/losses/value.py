@@ -3,6 +3,7 @@
 from jaxtyping import Bool, Float
 from torch import Tensor, maximum
 
+from alignkit import masking
 from alignkit.masking import promote
 
 
@@ -38,4 +39,4 @@ def value_clip_fraction(
 
 def _clipped(values: Tensor, old_values: Tensor, clip: float | Tensor) -> Tensor:
     old_values = promote(old_values)
-    return promote(values).clamp(old_values - clip, old_values + clip)
+    return masking.clip(values, old_values - clip, old_values + clip)

@@ -1,0 +1,117 @@
+"""Rows of Python lists to columns: padding, truncation, and a stream that can start anywhere.
+
+A row is a dict such as `{"ids": [5, 2, 9], "mask": [False, True, True]}`; for a preference pair each is a list of two.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from alignkit.types import Batch
+
+
+def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
+    """Rows to columns with the rows as the first axis; the innermost lists are padded on the right (0 or False).
+
+    Raises ValueError if rows differ in their names.
+    """
+    names = list(rows[0])
+    for i, row in enumerate(rows):
+        if set(row) != set(names):
+            raise ValueError(f"row {i} has the columns {sorted(row)}, row 0 has {sorted(names)}")
+    return {name: pad([row[name] for row in rows]) for name in names}
+
+
+def pad(nested: Any) -> Tensor:
+    """Nested lists of numbers to a tensor, the innermost lists filled up on the right with 0 or False.
+
+    Only the last axis may be ragged; anything else raises ValueError.
+    """
+    if not isinstance(nested, list):
+        return torch.as_tensor(nested)
+    parts = [pad(x) for x in nested]
+    if not parts:
+        return torch.zeros(0, dtype=torch.long)
+    if parts[0].dim() == 0:
+        return torch.tensor(nested)
+    if len({x.shape[:-1] for x in parts}) > 1:
+        raise ValueError(f"only the last axis may be ragged, not {sorted({tuple(x.shape) for x in parts})}")
+    time, dtype = max(x.shape[-1] for x in parts), next((x.dtype for x in parts if x.numel()), parts[0].dtype)
+    return torch.stack([torch.nn.functional.pad(x.to(dtype), (0, time - x.shape[-1])) for x in parts])
+
+
+class Cut(NamedTuple):
+    """`ids` and `mask` within the limit; `lost` is the number of True tokens that no longer fit."""
+
+    ids: list[int]
+    mask: list[bool]
+    lost: int
+
+
+def truncate(
+    ids: list[int], mask: list[bool], *, max_length: int, keep: str, bos: int | None = None, overflow: int | None = None
+) -> Cut:
+    """Shorten a row: first its prompt (the tokens before the first True), then what remains, from its end.
+
+    `keep="keep_end"` drops the prompt's first tokens (but not a `bos`), `"keep_start"` its last; one token of the
+    prompt always stays, as nothing predicts position 0. A row whose second token counts is text: `keep` says which of
+    its ends stays. `overflow` is by default what this row has too many; give both rows of a pair the same, so that
+    they lose the same tokens of their prompt.
+    """
+    if keep not in ("keep_end", "keep_start"):
+        raise ValueError(f'keep={keep!r} must be "keep_end" or "keep_start"')
+    if max_length < 2:
+        raise ValueError(f"max_length={max_length} must be at least 2: one token to read and one to predict")
+    head = int(ids[:1] == [bos])
+    prompt = mask.index(True) if True in mask else len(mask)
+    cut = max(len(ids) - max_length, 0) if overflow is None else overflow
+    if prompt <= 1:
+        start, cut = head, cut if keep == "keep_end" else 0
+    else:
+        cut = min(cut, prompt - max(head, 1))
+        start = head if keep == "keep_end" else prompt - cut
+    kept = (mask[:start] + mask[start + cut :])[:max_length]
+    ids = (ids[:start] + ids[start + cut :])[:max_length]
+    kept = [False, *kept[1:]]
+    return Cut(ids, kept, sum(mask) - sum(kept))
+
+
+def stream(
+    rows: Sequence[Mapping[str, Any]], *, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """Batches of `batch` shuffled rows for ever, the first being that of step `start`.
+
+    Epoch after epoch in a new order each, without a break at their ends, so every row is seen equally often. Batch
+    k depends on `seed` and k alone. With several processes each takes every `world`-th row of the batch.
+    """
+    if not len(rows):
+        raise ValueError("rows is empty: there is nothing to stream")
+    if batch < 1 or batch % world:
+        raise ValueError(f"batch={batch} must be a positive multiple of the {world} processes")
+    order, epoch = None, -1
+    while True:
+        places = range(start * batch + rank, (start + 1) * batch, world)
+        picked = []
+        for place in places:
+            if order is None or place // len(rows) != epoch:
+                epoch = place // len(rows)
+                order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_mix(seed, epoch)))
+            picked.append(rows[int(order[place % len(rows)])])
+        yield collate(picked)
+        start += 1
+
+
+def add_columns(rows: Sequence[Mapping[str, Any]], fn: Callable[[Batch], Batch], *, batch: int) -> list[dict[str, Any]]:
+    """The rows with the columns that `fn` computes from them, `batch` at a time (e.g. reference log-probs)."""
+    out: list[dict[str, Any]] = []
+    for i in range(0, len(rows), batch):
+        part = [dict(rows[j]) for j in range(i, min(i + batch, len(rows)))]
+        new = {name: column.tolist() for name, column in fn(collate(part)).items()}
+        out += [row | {name: column[j] for name, column in new.items()} for j, row in enumerate(part)]
+    return out
+
+
+def _mix(seed: int, epoch: int) -> int:
+    return (seed * 1_000_003 + epoch) % 2**63

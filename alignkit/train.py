@@ -1,0 +1,174 @@
+"""One exact optimizer step, and the handling of columns around it."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from alignkit.types import Aggregate, Aggregates, Batch, Metrics
+
+
+def split(batch: Batch, rows: int | None) -> Iterator[Batch]:
+    """The batch in parts of `rows` rows (the last may be smaller), all of it if None."""
+    size = _rows(batch)
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows={rows} must be at least 1, or None for the whole batch")
+    step = rows or max(size, 1)
+    for i in range(0, size, step):
+        yield {name: column[i : i + step] for name, column in batch.items()}
+
+
+def minibatches(
+    batch: Batch, size: int, *, epochs: int = 1, generator: torch.Generator | None = None
+) -> Iterator[Batch]:
+    """`epochs` passes over the rows in parts of `size`, each pass in a new random order.
+
+    Raises ValueError if `size` does not divide the rows: a smaller last part would be an optimizer step of its own.
+    """
+    rows = _rows(batch)
+    if size < 1 or rows % size:
+        raise ValueError(f"size={size} does not divide the batch's {rows} rows into whole minibatches")
+    for _ in range(epochs):
+        order = torch.randperm(rows, generator=generator)
+        for part in order.split(size):
+            yield {name: column[part.to(column.device)] for name, column in batch.items()}
+
+
+def infer(fn: Callable[..., Any], *columns: Tensor, rows: int | None = None) -> Any:
+    """`fn(*columns)` without gradient, `rows` rows at a time, joined again along the first axis.
+
+    A module runs in eval mode on its own device, and is left as it was. `fn` returns a tensor or a tuple of tensors.
+    """
+    parts = split({str(i): x for i, x in enumerate(columns)}, rows)
+    with torch.no_grad(), _evaluating(fn) as device:
+        outputs = [fn(*(x.to(device) if device else x for x in part.values())) for part in parts]
+    if isinstance(outputs[0], tuple):
+        return tuple(torch.cat(x) for x in zip(*outputs))
+    return torch.cat(outputs)
+
+
+def joint_weights(masks: Sequence[Tensor], aggregate: Aggregate) -> list[Tensor]:
+    """The weights of several masks [B_i, ..., T_i] as of one batch, cut apart again."""
+    time = max(mask.shape[-1] for mask in masks)
+    whole = torch.cat([pad(mask, (0, time - mask.shape[-1])) for mask in masks])
+    parts = aggregate(whole).split([len(mask) for mask in masks])
+    return [w[..., : m.shape[-1]] if w.dim() == m.dim() else w for w, m in zip(parts, masks)]
+
+
+def weighted(
+    batches: Sequence[Batch],
+    aggregate: Aggregates,
+    gather: Callable[[Tensor], tuple[list[Tensor], int]] = lambda mask: ([mask], 0),
+) -> list[Batch]:
+    """The batches of one optimizer step, each with its columns of weights.
+
+    `aggregate` is one aggregation, which makes the column "weights" of the column "mask", or a dict of names to
+    aggregations or to pairs (mask column, aggregation). `gather` returns the masks of all processes for one of this
+    process, and its own place among them.
+    """
+    batches = [dict(batch) for batch in batches]
+    table = aggregate if isinstance(aggregate, dict) else {"weights": aggregate}
+    for name, entry in table.items():
+        column, fn = entry if isinstance(entry, tuple) else ("mask", entry)
+        missing = [sorted(batch) for batch in batches if column not in batch]
+        if missing:
+            raise ValueError(f"aggregate needs the column {column!r}; the batch has {missing[0]}")
+        if name in batches[0]:
+            raise ValueError(f"aggregate makes the column {name!r}, which the batch has already")
+        gathered = [gather(batch[column]) for batch in batches]
+        flat = joint_weights([mask for masks, _ in gathered for mask in masks], fn)
+        offset = 0
+        for batch, (masks, own) in zip(batches, gathered):
+            batch[name] = flat[offset + own]
+            offset += len(masks)
+    return batches
+
+
+def update(
+    loss_fn: Callable[..., tuple[Tensor, Metrics]],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    *,
+    aggregate: Aggregates,
+    micro: int | None = None,
+    max_grad_norm: float | None = 1.0,
+) -> Metrics:
+    """One optimizer step on `batch`, exact whatever the micro-batch size.
+
+    `loss_fn(model, **columns) -> (scalar, metrics)` gets the batch's columns and those that `aggregate` makes of the
+    whole batch's mask, `micro` rows at a time; gradients and metrics of the parts add up. Returns the summed metrics
+    with "loss" and "grad_norm" (before clipping), as tensors on the device. Raises TypeError if the columns are not
+    the loss's arguments, and if it does not return a scalar and a dict.
+    """
+    (batch,) = weighted([batch], aggregate)
+    check_columns(loss_fn, batch)
+    optimizer.zero_grad()
+    totals: Metrics = {}
+    for part in split(batch, micro):
+        loss, metrics = check_loss(loss_fn(model, **part))
+        loss.backward()
+        add_metrics(totals, {"loss": loss, **metrics})
+    norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf") if max_grad_norm is None else max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return totals | {"grad_norm": norm.detach()}
+
+
+def add_metrics(totals: Metrics, metrics: Mapping[str, Tensor]) -> None:
+    """Add `metrics` to `totals` in place, without gradient and without leaving the device."""
+    for name, value in metrics.items():
+        value = value.detach()
+        totals[name] = totals[name] + value if name in totals else value
+
+
+def check_columns(loss_fn: Callable[..., Any], batch: Mapping[str, Any]) -> None:
+    """Raise TypeError unless the batch's columns are the keyword arguments of `loss_fn`."""
+    parameters = list(inspect.signature(loss_fn).parameters.values())[1:]
+    names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    needed = {p.name for p in parameters if p.name in names and p.default is p.empty}
+    missing, unknown = sorted(needed - set(batch)), sorted(set(batch) - names)
+    if any(p.kind == p.VAR_KEYWORD for p in parameters):
+        unknown = []
+    if missing or unknown:
+        raise TypeError(
+            f"loss_fn's arguments after the model are the batch's columns: it takes {sorted(names)}, the batch has "
+            f"{sorted(batch)}" + f"; missing: {missing}" * bool(missing) + f"; unknown: {unknown}" * bool(unknown)
+        )
+
+
+def check_loss(out: Any) -> tuple[Tensor, Metrics]:
+    """`out` if it is (scalar tensor, dict of scalar tensors), TypeError if not."""
+    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], Tensor) and isinstance(out[1], Mapping)):
+        raise TypeError(f"loss_fn must return (loss, metrics), a scalar tensor and a dict, not {type(out).__name__}")
+    for name, value in {"the loss": out[0], **out[1]}.items():
+        if not isinstance(value, Tensor) or value.dim():
+            what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise TypeError(f"loss_fn returned {name} as {what}; reduce it to a scalar tensor with weigh(x, weights)")
+    return out[0], dict(out[1])
+
+
+@contextmanager
+def _evaluating(fn: Any) -> Iterator[torch.device | None]:
+    """A module in eval mode, and its device; anything else as it is."""
+    if not isinstance(fn, nn.Module):
+        yield None
+        return
+    modes = [(module, module.training) for module in fn.modules()]
+    fn.eval()
+    try:
+        yield next((p.device for p in fn.parameters()), None)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _rows(batch: Batch) -> int:
+    sizes = {name: len(column) for name, column in batch.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"the columns of a batch must have one number of rows, not {sizes}")
+    return next(iter(sizes.values()))
