@@ -61,7 +61,7 @@ def group_normalize(
 
 
 def leave_one_out(rewards: Real[Tensor, "*batch group"]) -> Float[Tensor, "*batch group"]:
-    """r_i - mean of the other members: RLOO, Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740 eq. 8.
+    """r_i - mean of the other members: RLOO, Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740.
 
     Equal to G / (G - 1) times `group_center`. Raises ValueError for groups of one, which have no others.
     """

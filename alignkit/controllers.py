@@ -84,7 +84,7 @@ def ema(*, decay: float) -> Stateful:
     """Exponential moving average of named tensors, such as a model's parameters (a moving reference).
 
     `init(params)` copies; `update(state, params)`: state <- decay state + (1 - decay) params. Raises ValueError
-    unless 0 <= decay <= 1. TR-DPO's soft update, Gorbatovski et al. 2024, arXiv:2404.09656 eq. 5 (alpha = 1 - decay).
+    unless 0 <= decay <= 1. TR-DPO's soft update, Gorbatovski et al. 2024, arXiv:2404.09656 (alpha = 1 - decay).
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"decay={decay} must lie in [0, 1]")
@@ -105,8 +105,8 @@ PromptStats: TypeAlias = dict[str, Tensor]
 def prompt_stats(*, buffer: int) -> Stateful:
     """The last `buffer` rewards of every prompt: `update(state, prompts, rewards)` appends one reward per prompt.
 
-    DDPO's per-prompt normalisation, Black et al. 2024, arXiv:2305.13301 sec. 4.3 and app. D.1; see
-    `prompt_normalize`.
+    DDPO's per-prompt normalisation, Black et al. 2024, arXiv:2305.13301 app. D.3; the buffer is that of the authors'
+    ddpo-pytorch. See `prompt_normalize`.
     """
     if buffer < 1:
         raise ValueError(f"buffer={buffer} must keep at least 1 reward per prompt")
@@ -134,7 +134,8 @@ def prompt_normalize(
     """(r - mean) / (std + eps) with the statistics of each reward's own prompt.
 
     A prompt with fewer than `min_count` rewards in `state` takes the statistics of this whole batch. Update the
-    state with the batch first. Black et al. 2024, arXiv:2305.13301, app. D.1.
+    state with the batch first. Black et al. 2024, arXiv:2305.13301 app. D.3; the fallback is that of the authors'
+    ddpo-pytorch.
     """
     _same_length(prompts, rewards)
     rewards = promote(rewards)

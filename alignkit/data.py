@@ -104,11 +104,12 @@ def stream(
 
 
 def add_columns(rows: Sequence[Mapping[str, Any]], fn: Callable[[Batch], Batch], *, batch: int) -> list[dict[str, Any]]:
-    """The rows with the columns that `fn` computes from them, `batch` at a time (e.g. reference log-probs)."""
+    """The rows with the new columns of `fn(columns)`, computed `batch` rows at a time (e.g. reference log-probs)."""
     out: list[dict[str, Any]] = []
     for i in range(0, len(rows), batch):
         part = [dict(rows[j]) for j in range(i, min(i + batch, len(rows)))]
-        new = {name: column.tolist() for name, column in fn(collate(part)).items()}
+        batch_in = collate(part)
+        new = {name: column.tolist() for name, column in fn(batch_in).items() if name not in batch_in}
         out += [row | {name: column[j] for name, column in new.items()} for j, row in enumerate(part)]
     return out
 

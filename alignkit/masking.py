@@ -63,8 +63,7 @@ def whiten(
     """(x - mean) / sqrt(var + eps) over all True positions jointly; 0 at the others.
 
     `shift_mean=False` adds the mean back: the scale changes, the mean stays (used for rewards).
-    The defaults are those of Ziegler et al. 2019 (arXiv:1909.08593) as re-implemented by TRL; peers differ
-    in `correction` and `eps`.
+    The defaults are TRL's; peers differ in `correction` and `eps`.
     """
     mean, var = masked_mean(x, mask), masked_var(x, mask, correction=correction)
     white = (promote(x) - mean) * torch.rsqrt(var + eps)

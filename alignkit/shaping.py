@@ -51,7 +51,8 @@ def missing_eos(
 ) -> Float[Tensor, "*batch"]:
     """Score - penalty where no True position of the row holds the token `eos`: the answer was cut off.
 
-    Stiennon et al. 2020, arXiv:2009.01325; the "EOS trick" of Huang et al. 2024, arXiv:2403.17031 detail 4.2.
+    The "EOS trick", detail 23 of Huang et al. 2024, arXiv:2403.17031 (after Ziegler et al. 2019, arXiv:1909.08593):
+    there a score of -1 replaces the answer's own; subtracting is TRL's `missing_eos_penalty`.
     """
     ended = (mask & (ids == eos)).any(-1)
     return promote(scores) - torch.where(ended, 0.0, penalty)

@@ -44,7 +44,7 @@ def infer(fn: Callable[..., Any], *columns: Tensor, rows: int | None = None) -> 
     A module runs in eval mode on its own device, and is left as it was. `fn` returns a tensor or a tuple of tensors.
     """
     parts = split({str(i): x for i, x in enumerate(columns)}, rows)
-    with torch.no_grad(), _evaluating(fn) as device:
+    with torch.no_grad(), evaluating(fn) as device:
         outputs = [fn(*(x.to(device) if device else x for x in part.values())) for part in parts]
     if isinstance(outputs[0], tuple):
         return tuple(torch.cat(x) for x in zip(*outputs))
@@ -153,7 +153,7 @@ def check_loss(out: Any) -> tuple[Tensor, Metrics]:
 
 
 @contextmanager
-def _evaluating(fn: Any) -> Iterator[torch.device | None]:
+def evaluating(fn: Any) -> Iterator[torch.device | None]:
     """A module in eval mode, and its device; anything else as it is."""
     if not isinstance(fn, nn.Module):
         yield None

@@ -27,8 +27,8 @@ def dpo(
 def hinge(margin: Float[Tensor, "*batch"], *, beta: float | Tensor) -> Float[Tensor, "*batch"]:
     """max(0, 1 - beta margin).
 
-    SLiC-HF, Zhao et al. 2023, arXiv:2305.10425 eq. 1, on the normalised likelihoods of RSO, Liu et al. 2024,
-    arXiv:2309.06657 sec. 3.
+    "hinge-norm" of RSO, Liu et al. 2024, arXiv:2309.06657 eq. 10: the loss of SLiC-HF (Zhao et al. 2023,
+    arXiv:2305.10425) on likelihoods normalised by the reference.
     """
     return (1 - beta * promote(margin)).clamp(min=0)
 
@@ -49,7 +49,7 @@ def kto_pair(
 
     `log_ratios` r = log pi - log ref of (chosen, rejected); `kl` the reference points, estimates of KL(pi || ref)
     on chosen and rejected answers, at least 0 and without gradient: max(0, mean r) over the whole batch.
-    Ethayarajh et al. 2024, arXiv:2402.01306 eq. 7 and 8 with lambda = 1, in the paired form of TRL 0.7.
+    Ethayarajh et al. 2024, arXiv:2402.01306 eq. 8 with lambda_D = lambda_U = 1, in the paired form of TRL 0.7.
     """
     log_ratios, kl = promote(log_ratios), promote(kl)
     gain = torch.stack([log_ratios[..., 0] - kl[..., 1], kl[..., 0] - log_ratios[..., 1]], -1)

@@ -28,7 +28,7 @@ def bradley_terry(
 def centering(chosen: Float[Tensor, "*batch"], rejected: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """(r_w + r_l)^2: add a small multiple to keep rewards centred on 0.
 
-    Eisenstein et al. 2023, arXiv:2312.09244 eq. 8. Raises ValueError unless the rewards have one shape.
+    Eisenstein et al. 2023, arXiv:2312.09244 eq. 2. Raises ValueError unless the rewards have one shape.
     """
     if chosen.shape != rejected.shape:
         raise ValueError(f"chosen and rejected must have one shape, not {tuple(chosen.shape)}, {tuple(rejected.shape)}")

@@ -21,7 +21,7 @@ def clipped_value(
 ) -> Float[Tensor, "*shape"]:
     """max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2.
 
-    OpenAI baselines' ppo2; Huang et al. 2022, "The 37 implementation details of PPO", detail 9.
+    OpenAI baselines; Huang et al. 2022, "The 37 Implementation Details of Proximal Policy Optimization", detail 9.
     """
     return maximum(squared(values, returns), squared(_clipped(values, old_values, clip), returns))
 

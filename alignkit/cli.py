@@ -1,0 +1,154 @@
+"""The command line: `alignkit run | list | new | demo`, and `run(main)`, which gives a recipe its own."""
+
+import argparse
+import ast
+import difflib
+import inspect
+import re
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+
+def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> Any:
+    """Call `main` with the command line: its signature is the list of options, its module's docstring the help.
+
+    If `main` takes `**training`, every field of `transformers.TrainingArguments` is an option too. Errors that name an
+    argument are printed as one line with exit status 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    signature = inspect.signature(main)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    takes_training = len(own) < len(signature.parameters)
+    module = inspect.getmodule(main)
+    description = inspect.getdoc(module) or inspect.getdoc(main) or ""
+    if takes_training:
+        description += "\n\nEvery field of transformers.TrainingArguments is an option as well: --warmup-steps 50,"
+        description += " --report-to tensorboard,\n--resume-from-checkpoint last, ... (--help-training lists them)."
+        if "--help-training" in argv:
+            _training_parser().print_help()
+            return None
+
+    def bound(**options: Any) -> dict[str, Any]:
+        return options
+
+    comments = _comments(main)
+    own = [p.replace(annotation=Annotated[p.annotation, tyro.conf.arg(help=comments.get(p.name, ""))]) for p in own]
+    bound.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    bound.__annotations__ = {p.name: p.annotation for p in own}
+    options, rest = tyro.cli(
+        bound, args=argv, prog=Path(sys.argv[0]).name, description=description, return_unknown_args=True
+    )
+    if rest:
+        options |= _training_options(rest, [p.name for p in own]) if takes_training else _unknown(rest[0], own)
+    try:
+        return main(**options)
+    except (ValueError, TypeError) as error:
+        if "--traceback" in argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `alignkit` command."""
+    parser = argparse.ArgumentParser(prog="alignkit", description="Recipes for aligning models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("list", help="the recipes, one line each")
+    command = commands.add_parser("run", help="run a recipe: alignkit run dpo --beta 0.2", add_help=False)
+    command.add_argument("recipe", help="a name from `alignkit list`, or a path")
+    command.add_argument("options", nargs=argparse.REMAINDER)
+    command = commands.add_parser("new", help="copy a recipe to start from: alignkit new my_dpo --from dpo")
+    command.add_argument("name")
+    command.add_argument("--from", dest="source", required=True, metavar="RECIPE")
+    command = commands.add_parser("demo", help="a tiny model learns to write, then to please: minutes on a laptop")
+    command.add_argument("--out", default="runs/demo")
+    command.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "list":
+            for path in _recipes():
+                print(f"{path.stem:16}{_headline(path)}")
+        elif args.command == "run":
+            path = _find(args.recipe)
+            sys.argv = [str(path), *args.options]
+            runpy.run_path(str(path), run_name="__main__")
+        elif args.command == "new":
+            _new(args.name, _find(args.source))
+        else:
+            from alignkit.demo import demo
+
+            demo(Path(args.out), seed=args.seed)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def _recipes() -> list[Path]:
+    """The installed recipes, or those of the checkout."""
+    here = Path(__file__).parent
+    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
+    return sorted(path for path in folder.glob("*.py") if not path.stem.startswith("_"))
+
+
+def _find(name: str) -> Path:
+    """A recipe by name or path."""
+    if name.endswith(".py") and Path(name).is_file():
+        return Path(name)
+    known = {path.stem: path for path in _recipes()}
+    if name not in known:
+        raise ValueError(f"recipe {name!r} is neither a .py file nor one of {', '.join(known)}")
+    return known[name]
+
+
+def _new(name: str, source: Path) -> None:
+    """Copy `source` to NAME.py in the current folder."""
+    target = Path(name if name.endswith(".py") else f"{name}.py")
+    if target.exists():
+        raise ValueError(f"{target} exists already; choose another name")
+    target.write_text(source.read_text())
+    print(f"{target}: a copy of {source.stem}; run it with `python {target} --help`")
+
+
+def _headline(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+
+
+def _comments(main: Callable[..., Any]) -> dict[str, str]:
+    """The comment behind each argument of `main`, which is its help."""
+    try:
+        signature = inspect.getsource(main).split("\n):")[0]
+    except OSError:
+        return {}
+    return dict(re.findall(r"^ +(\w+): .*  # (.+)$", signature, re.MULTILINE))
+
+
+def _training_parser() -> Any:
+    from transformers import HfArgumentParser, TrainingArguments
+
+    parser = HfArgumentParser(TrainingArguments, prog="training arguments", allow_abbrev=False, add_help=False)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # only what is given
+    return parser
+
+
+def _training_options(rest: list[str], own: list[str]) -> dict[str, Any]:
+    """`--warmup-steps 50 ...` as fields of TrainingArguments; exits with a suggestion for an unknown option."""
+    parser = _training_parser()
+    known = {s for action in parser._actions for s in action.option_strings} | {f"--{n}" for n in own}
+    for word in rest:
+        option = word.split("=")[0]
+        if option.startswith("--") and option not in known:
+            _unknown(option, [], sorted(known))
+    return vars(parser.parse_args(rest))
+
+
+def _unknown(option: str, own: Sequence[inspect.Parameter], known: Sequence[str] = ()) -> dict[str, Any]:
+    known = known or [f"--{p.name}" for p in own]
+    close = difflib.get_close_matches(option.replace("_", "-"), [k.replace("_", "-") for k in known], n=1)
+    hint = f"; did you mean {close[0]}?" if close else "; see --help"
+    print(f"error: unknown option {option}{hint}", file=sys.stderr)
+    raise SystemExit(2)

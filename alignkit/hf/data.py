@@ -1,0 +1,288 @@
+"""Datasets in the formats people have, to rows of token ids and masks.
+
+A dataset is a hub id, a .jsonl, .json, .parquet or .csv file, or `builtin:reviews`. Rows are
+
+    text         a string, or a list of messages
+    messages     [{"role": ..., "content": ...}, ...]; the assistant's turns count
+    prompt, completion         strings or lists of messages; the completion counts
+    prompt, chosen, rejected   strings or lists of messages; without a prompt it is what both answers begin with
+
+Messages go through the tokenizer's chat template. A beginning-of-sequence token stands at the front, once, if the
+tokenizer uses one; an end-of-sequence token stands at the end, once, and counts.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import PartialState
+from datasets import Dataset, load_dataset
+
+from alignkit import data
+from alignkit.hf.builtin import load_reviews
+from alignkit.types import Batch
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+TEXT_FORMATS = (("messages",), ("prompt", "completion"), ("text",))
+PAIR_FORMATS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+
+_Source = str | Path | Sequence[dict[str, Any]]
+_Row = tuple[list[int], list[bool]]
+
+
+def load(dataset: str | Path, *, split: str = "train") -> Dataset:
+    """The rows of a file, of a hub dataset or of `builtin:reviews`; a ValueError names the file and what is wrong."""
+    name, path = str(dataset), Path(dataset)
+    if name.startswith("builtin:"):
+        if name != "builtin:reviews":
+            raise ValueError(f"dataset={name!r} is unknown; the built-in dataset is 'builtin:reviews'")
+        return load_reviews(split)
+    if path.suffix in READERS:
+        return _load_file(path)
+    if path.exists() or name.count("/") != 1 or name.startswith("."):
+        raise ValueError(
+            f"dataset={name!r} is neither a {', '.join(READERS)} file that exists, nor a hub id, nor 'builtin:reviews'"
+        )
+    return load_dataset(name, split=split)
+
+
+def text(dataset: _Source, tokenizer: Any, *, max_length: int, keep: str = "keep_end", split: str = "train") -> Dataset:
+    """Rows to imitate: `ids` [T] and `mask` [T], True on what counts; prints how many were cut or dropped."""
+
+    def rows(row: dict[str, Any], names: Sequence[str]) -> list[_Row]:
+        if names == ("text",) and isinstance(row["text"], str):
+            return [_finish(tokenizer, encode(tokenizer, row["text"]), start=0)]
+        if names == ("prompt", "completion"):
+            return [_answer(tokenizer, row["prompt"], row["completion"])]
+        return [_conversation(tokenizer, row[names[0]])]
+
+    return _tokenize(dataset, split, tokenizer, rows, TEXT_FORMATS, max_length, keep)
+
+
+def pairs(
+    dataset: _Source, tokenizer: Any, *, max_length: int, keep: str = "keep_end", split: str = "train"
+) -> Dataset:
+    """Preference pairs: `ids` [2, T] and `mask` [2, T], chosen then rejected, True on the answers.
+
+    Both begin with the same prompt tokens: where the prompt's last tokens merge with an answer's first, the merged
+    token belongs to the answer. Prints how many pairs were cut or dropped.
+    """
+
+    def rows(row: dict[str, Any], names: Sequence[str]) -> list[_Row]:
+        prompt, chosen, rejected = _explicit(row.get("prompt"), row["chosen"], row["rejected"])
+        both = [_answer(tokenizer, prompt, answer) for answer in (chosen, rejected)]
+        start = min(mask.index(True) for _, mask in both)
+        return [(ids, [t >= start and (m or True not in mask[:t]) for t, m in enumerate(mask)]) for ids, mask in both]
+
+    return _tokenize(dataset, split, tokenizer, rows, PAIR_FORMATS, max_length, keep)
+
+
+def prompts(dataset: str | Path, *, split: str = "train") -> list[Any]:
+    """The column `prompt` of a dataset: strings or lists of messages."""
+    table = load(dataset, split=split)
+    if "prompt" not in table.column_names:
+        raise ValueError(f"{dataset}: no column 'prompt', only {table.column_names}")
+    return list(table["prompt"])
+
+
+def stream(rows: Dataset, *, batch: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    """`data.stream` with this process's share of every batch."""
+    state = PartialState()
+    return data.stream(rows, batch=batch, seed=seed, start=start, rank=state.process_index, world=state.num_processes)
+
+
+def encode(tokenizer: Any, prompt: Any) -> list[int]:
+    """Token ids of a string, or of messages and the header of the assistant's turn; with a BOS if one is used."""
+    string = prompt if isinstance(prompt, str) else _render(tokenizer, prompt, True)
+    return _with_bos(tokenizer, _ids(tokenizer, string))
+
+
+def _answer(tokenizer: Any, prompt: Any, answer: Any) -> _Row:
+    """Prompt and answer encoded together; the answer's tokens count, from the first that is not only prompt."""
+    if isinstance(prompt, str) and isinstance(answer, str):
+        ids = _with_bos(tokenizer, _ids(tokenizer, prompt + answer))
+        return _finish(tokenizer, ids, start=_shared(encode(tokenizer, prompt), ids))
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    return _conversation(tokenizer, prompt + answer, first=len(prompt))
+
+
+def _conversation(tokenizer: Any, messages: list[dict[str, str]], first: int = 0) -> _Row:
+    """The whole conversation; the assistant's turns from message `first` on count."""
+    whole = _render(tokenizer, messages, False)
+    ids = _with_bos(tokenizer, _ids(tokenizer, whole))
+    mask = [False] * len(ids)
+    for i, message in enumerate(messages):
+        if i < first or message["role"] != "assistant":
+            continue
+        before, after = _render(tokenizer, messages[:i], True), _render(tokenizer, messages[: i + 1], False)
+        if not whole.startswith(before) or not whole.startswith(after):
+            raise ValueError(
+                "the chat template writes earlier turns differently once later ones follow, so the tokens of turn "
+                f"{i} cannot be told apart; train on prompt/completion rows with one answer each instead"
+            )
+        start, end = (_shared(_with_bos(tokenizer, _ids(tokenizer, x)), ids) for x in (before, after))
+        mask[start:end] = [True] * (end - start)
+        eos = [t for t in range(start, end) if ids[t] == tokenizer.eos_token_id]
+        if eos:  # what a template writes after it, such as a newline, is not the answer's
+            mask[eos[-1] + 1 : end] = [False] * (end - eos[-1] - 1)
+    if True not in mask:
+        raise ValueError("the conversation has no turn of the assistant to learn from")
+    last = len(mask) - mask[::-1].index(True)
+    ids, mask = ids[:last], mask[:last]
+    if ids[-1] != tokenizer.eos_token_id:
+        ids, mask = [*ids, tokenizer.eos_token_id], [*mask, True]
+    return ids, mask
+
+
+def _finish(tokenizer: Any, ids: list[int], *, start: int) -> _Row:
+    """End with one EOS; tokens from `start` on count, but not a BOS."""
+    if ids[-1:] != [tokenizer.eos_token_id] or len(ids) <= start:
+        ids = [*ids, tokenizer.eos_token_id]
+    start = max(start, len(_with_bos(tokenizer, [])))
+    return ids, [t >= start for t in range(len(ids))]
+
+
+def _explicit(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """(prompt, chosen, rejected), the prompt taken out of the answers where they contain it."""
+    if type(chosen) is not type(rejected):
+        raise ValueError(f"chosen is a {type(chosen).__name__}, rejected a {type(rejected).__name__}")
+    n = _shared(chosen, rejected)
+    if isinstance(chosen, str):
+        if prompt is not None:
+            return prompt, chosen, rejected
+        n = next((i for i in range(n, 0, -1) if chosen[i - 1].isspace()), 0)  # not in the middle of a word
+        n = len(chosen[:n].rstrip(" "))  # a space belongs to the word after it
+    elif prompt is not None and chosen[0]["role"] == "assistant":
+        return prompt, chosen, rejected
+    elif not n:
+        raise ValueError("chosen and rejected do not begin with the same messages, so there is no prompt")
+    return chosen[:n], chosen[n:], rejected[n:]
+
+
+def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _ids(tokenizer: Any, string: str) -> list[int]:
+    return tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _with_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+    bos = tokenizer.bos_token_id
+    uses_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
+    return [bos, *ids] if uses_bos and ids[:1] != [bos] else ids
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], open_turn: bool) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+
+
+def _tokenize(
+    dataset: Any,
+    split: str,
+    tokenizer: Any,
+    to_rows: Callable[[dict[str, Any], Sequence[str]], list[_Row]],
+    formats: Sequence[Sequence[str]],
+    max_length: int,
+    keep: str,
+) -> Dataset:
+    """Rows of the first format whose columns are there; one row of lists if the format has one text, else of pairs."""
+    name = str(dataset) if isinstance(dataset, str | Path) else "the given rows"
+    table = load(dataset, split=split) if isinstance(dataset, str | Path) else Dataset.from_list(list(dataset))
+    names = next((f for f in formats if set(f) <= set(table.column_names)), None)
+    if names is None:
+        known = "; or ".join(", ".join(f) for f in formats)
+        raise ValueError(f"{name}: the columns are {table.column_names}, but must include {known}")
+    if not len(table):
+        raise ValueError(f"{name} has no rows")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer has no eos_token, so answers could never end: set tokenizer.eos_token")
+
+    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+        where = f"{name}, row {index + 1}"
+        values = {column: _check(tokenizer, row[column], f"{where}: {column!r}") for column in names}
+        try:
+            full = to_rows(values, names)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        overflow = max(0, *(len(ids) - max_length for ids, _ in full))
+        bos = tokenizer.bos_token_id
+        cut = [data.truncate(*x, max_length=max_length, keep=keep, bos=bos, overflow=overflow) for x in full]
+        ids, mask = [x.ids for x in cut], [x.mask for x in cut]
+        return {
+            "ids": ids if formats is PAIR_FORMATS else ids[0],
+            "mask": mask if formats is PAIR_FORMATS else mask[0],
+            "cut": overflow > 0,
+            "short": sum(x.lost > 0 for x in cut) > 0,
+            "usable": all(any(m) for m in mask),
+            "tokens": max(len(ids) for ids, _ in full),
+        }
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    with PartialState().main_process_first():
+        rows = table.map(convert, with_indices=True, remove_columns=table.column_names, desc=f"tokenizing {name}")
+    return _report(rows, name, max_length, keep)
+
+
+def _report(rows: Dataset, name: str, max_length: int, keep: str) -> Dataset:
+    """Print what was cut and dropped; refuse a dataset of which nothing fits."""
+    total, cut, short = len(rows), sum(rows["cut"]), sum(rows["short"])
+    if cut == total:
+        raise ValueError(
+            f"{name}: all {total} rows are longer than max_length={max_length} tokens (the shortest has "
+            f"{min(rows['tokens'])}); raise max_length, or shorten the rows yourself"
+        )
+    kept = rows.select([i for i, usable in enumerate(rows["usable"]) if usable])
+    notes = [f"{total:,} rows"]
+    if cut:
+        notes.append(f"{cut:,} cut to {max_length} tokens ({keep}), {short:,} of them lost tokens that count")
+    if len(kept) < total:
+        notes.append(f"{total - len(kept):,} dropped, as no token of them counts")
+    if PartialState().is_main_process:
+        print(f"{name}: " + "; ".join(notes))
+    if not len(kept):
+        raise ValueError(f"{name}: in none of the {total} rows is there a token that counts")
+    return kept.select_columns(["ids", "mask"])
+
+
+def _check(tokenizer: Any, value: Any, where: str) -> Any:
+    """A string, or a list of messages; ValueError otherwise."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
+        raise ValueError(f"{where} is {value!r:.80}, but must be a string or a list of messages with role and content")
+    if not tokenizer.chat_template:
+        raise ValueError(f"{where} is a conversation, but the tokenizer has no chat template: set its chat_template")
+    return [{key: x for key, x in message.items() if x is not None} for message in value]
+
+
+def _load_file(path: Path) -> Dataset:
+    if not path.is_file():
+        raise ValueError(f"dataset={str(path)!r}: there is no such file")
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty")
+    try:
+        return load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:
+        what = _first_bad_line(path) or error.__cause__ or error
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {what}") from error
+
+
+def _first_bad_line(path: Path) -> str:
+    if path.suffix != ".jsonl":
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except json.JSONDecodeError as error:
+                return f"line {number} is not JSON ({error.msg} at column {error.colno}): {line.strip():.80}"
+            if not isinstance(row, dict):
+                return f"line {number} is not an object with named columns: {line.strip():.80}"
+    return ""

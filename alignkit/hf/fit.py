@@ -1,0 +1,329 @@
+"""The training loop: `transformers.Trainer`, told what a batch, a loss and a weight are.
+
+A micro-batch has `per_device_train_batch_size` rows, a step `gradient_accumulation_steps` of them on each process.
+Weights are computed on the masks of the whole step, so losses and metrics of the parts add up to those of the step.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, has_length
+
+from alignkit.hf.models import Policy, without_bars
+from alignkit.train import add_metrics, check_columns, check_loss, split, weighted
+from alignkit.types import Aggregates, Batch, Metrics
+
+METRICS = "metrics.jsonl"
+Batches = Callable[[int], Iterator[Batch]] | Iterable[Batch]
+
+UNUSED = {
+    "label_smoothing_factor": "smoothing is an argument of the loss, e.g. supervised.smoothed_nll(..., smoothing=)",
+    "auto_find_batch_size": "choose per_device_train_batch_size yourself; the gradient does not depend on it",
+    "label_names": "the loss's arguments name its columns",
+    "train_sampling_strategy": "the stream of batches decides the order",
+    "dataloader_num_workers": "the stream of batches loads its own rows",
+    "dataloader_prefetch_factor": "the stream of batches loads its own rows",
+    "dataloader_persistent_workers": "the stream of batches loads its own rows",
+    "dataloader_drop_last": "the stream of batches decides what is in a batch",
+}
+"""Training arguments that could not act here, and what to do instead."""
+
+
+def arguments(
+    out: str, *, batch: int, micro: int, lr: float, steps: int, seed: int, **fields: Any
+) -> TrainingArguments:
+    """`TrainingArguments` for steps of `batch` rows in micro-batches of `micro` on each process.
+
+    `fields` are any others by name, and win over the defaults chosen here. Raises ValueError if `batch` is not a
+    multiple of `micro` times the number of processes.
+    """
+    world = PartialState().num_processes
+    if batch < 1 or micro < 1 or batch % (micro * world):
+        raise ValueError(f"batch={batch} must be a positive multiple of micro={micro} times {world} processes")
+    defaults = {
+        "report_to": "none",
+        "logging_steps": 10,
+        "logging_nan_inf_filter": False,
+        "save_steps": max(steps // 4, 1),
+        "lr_scheduler_type": "linear",
+        "warmup_steps": steps // 10,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": not sys.stderr.isatty(),
+    }
+    return TrainingArguments(
+        output_dir=out,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=batch // (micro * world),
+        learning_rate=lr,
+        max_steps=steps,
+        seed=seed,
+        **(defaults | fields),
+    )
+
+
+def fit(
+    loss_fn: Callable[..., tuple[Tensor, Metrics]],
+    model: nn.Module,
+    batches: Batches,
+    *,
+    aggregate: Aggregates,
+    args: TrainingArguments,
+    tokenizer: Any = None,
+    eval_batches: Batches | dict[str, Batches] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, float]:
+    """Train `model` on a stream of step batches; returns the Trainer's closing metrics.
+
+    `loss_fn(model, **columns) -> (scalar, metrics)` gets each batch's columns and those made by `aggregate`; see
+    `train.update`, whose step this is. `batches(step)` returns an iterator that begins with the batch of that step,
+    with this process's rows; or it is an iterable, which a resumed run skips forward. Batches are pulled one step at a
+    time, after the step before, so a stream may sample from the model. `eval_batches` is finite, and evaluated as one
+    batch.
+
+    Every log goes to `metrics.jsonl` in `args.output_dir` and to the trackers in `args.report_to`. Ctrl-C saves a
+    checkpoint after the step in progress and exits with status 130; `args.resume_from_checkpoint`, a folder or "last",
+    continues to the same parameters as if never stopped. A folder that holds another run is refused.
+    """
+    for name, why in UNUSED.items():
+        if getattr(args, name, None) not in (type(args).__dataclass_fields__[name].default, None):
+            raise ValueError(f"the training argument {name} has no effect here: {why}")
+    checkpoint = _checkpoint(args)
+    interrupt = _Interrupt()
+    trainer = _Trainer(
+        model=model,
+        args=args,
+        compute_loss_func=loss_fn,
+        processing_class=tokenizer,
+        eval_dataset=eval_batches,
+        callbacks=[_Log(resumed=checkpoint is not None), interrupt, *callbacks],
+    )
+    trainer.batches, trainer.aggregate = batches, aggregate
+    for shown, ours in ((ProgressCallback, _Progress), (PrinterCallback, _Print)):
+        if trainer.pop_callback(shown):
+            trainer.add_callback(ours)
+    with interrupt:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    if interrupt.asked:
+        saved = get_last_checkpoint(args.output_dir)
+        if PartialState().is_main_process:
+            print(
+                f"\nStopped at step {result.global_step} and saved {saved}.\n"
+                "Resume with the same command and --resume-from-checkpoint last",
+                file=sys.stderr,
+            )
+        raise SystemExit(130)
+    return result.metrics
+
+
+class _Trainer(Trainer):
+    """Feeds micro-batches of a stream to a loss function; the one subclass of Trainer."""
+
+    batches: Batches
+    aggregate: Aggregates
+    loss_is_scaled_for_ga = True
+
+    def get_train_dataloader(self) -> DataLoader:
+        # not prepared by accelerate, which would pull the next batch before this step has changed the weights
+        return DataLoader(_Steps(self), batch_size=None)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        loss, metrics = check_loss(self.compute_loss_func(model, **inputs))
+        add_metrics(self.__dict__.setdefault("_metrics", {}), metrics)
+        return loss * self.accelerator.num_processes  # undoes the average of gradients over processes
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            steps = self.state.global_step - self.__dict__.get("_logged_at", self._initial_global_step)
+            self._logged_at = self.state.global_step
+            totals = self.accelerator.reduce(self.__dict__.pop("_metrics", {}), "sum")
+            logs |= {name: value.item() / steps for name, value in totals.items()}
+        super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        batches = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        batches = self.eval_dataset if batches is None else batches
+        return list(_from(batches, 0))
+
+    def evaluation_loop(
+        self, dataloader: list[Batch], description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
+    ) -> EvalLoopOutput:
+        if not dataloader:
+            raise ValueError("eval_batches is empty: give at least one batch")
+        model = self.model
+        if not self.accelerator._models:  # evaluated without being trained
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
+        totals: Metrics = {}
+        with torch.no_grad():
+            for batch in weighted(dataloader, self.aggregate, self._gather):
+                for part in split(batch, self.args.per_device_eval_batch_size):
+                    loss, metrics = check_loss(self.compute_loss_func(model, **self._prepare_inputs(part)))
+                    add_metrics(totals, {"loss": loss, **metrics})
+        totals = self.accelerator.reduce(totals, "sum")
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value.item() for name, value in totals.items()},
+            num_samples=sum(len(next(iter(batch.values()))) for batch in dataloader),
+        )
+
+    def _gather(self, mask: Tensor) -> tuple[list[Tensor], int]:
+        if self.accelerator.num_processes == 1:
+            return [mask], 0
+        return gather_object([mask.cpu()]), self.accelerator.process_index
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = {name.removeprefix("lm."): x for name, x in state_dict.items()}
+        self._inside(super()._save, output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._inside(super()._load_from_checkpoint, resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._inside(super()._load_best_model)
+
+    def _inside(self, method: Callable[..., None], *args: Any) -> None:
+        """Let the Trainer save and load a policy as the plain model inside it."""
+        outer = self.model
+        self.model = outer.lm if isinstance(outer, Policy) else outer
+        try:
+            with without_bars():
+                method(*args)
+        finally:
+            self.model = outer
+
+
+class _Steps(IterableDataset):
+    """The stream's step batches, with their weights, as micro-batches."""
+
+    def __init__(self, trainer: _Trainer):
+        self.trainer = trainer
+        args = trainer.args
+        self.micro, self.parts = args.train_batch_size, args.gradient_accumulation_steps
+
+    def __len__(self) -> int:
+        return len(self.trainer.batches) * self.parts  # TypeError: a function has none, and max_steps must be set
+
+    def __iter__(self) -> Iterator[Batch]:
+        start = self.trainer.state.global_step
+        if has_length(self):
+            start %= len(self.trainer.batches)
+        for _ in range(0 if self.trainer.args.ignore_data_skip else start * self.parts):
+            yield {}  # the Trainer drops these to get to where it resumes
+        for batch in _from(self.trainer.batches, start):
+            (batch,) = weighted([batch], self.trainer.aggregate, self.trainer._gather)
+            check_columns(self.trainer.compute_loss_func, batch)
+            rows = len(next(iter(batch.values())))
+            if rows != self.micro * self.parts:
+                raise ValueError(
+                    f"batches yielded {rows} rows, but a step has {self.micro * self.parts}: "
+                    f"per_device_train_batch_size={self.micro} x gradient_accumulation_steps={self.parts}"
+                )
+            if "ids" in batch and batch["mask"][..., 0].any():
+                raise ValueError("mask is True at position 0, which no token before it predicts; set it False there")
+            yield from split(batch, self.micro)
+
+
+def _from(batches: Batches, start: int) -> Iterator[Batch]:
+    return iter(batches(start)) if callable(batches) else islice(iter(batches), start, None)
+
+
+def _checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint to resume, if any; otherwise the output folder must not hold another run."""
+    out, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    if wanted and str(wanted).lower() != "false":
+        found = get_last_checkpoint(str(out)) if str(wanted).lower() in ("last", "true") and out.is_dir() else wanted
+        if found is None or not (Path(found) / "trainer_state.json").is_file():
+            raise ValueError(f"resume_from_checkpoint={wanted!r}: there is no checkpoint in {found or out}")
+        return str(found)
+    exists = (
+        PartialState().is_main_process
+        and out.is_dir()
+        and ((out / METRICS).exists() or get_last_checkpoint(str(out)) is not None)
+    )
+    if broadcast_object_list([exists])[0]:
+        raise ValueError(
+            f"{out} holds a run already: continue it with --resume-from-checkpoint last, "
+            "choose another folder with --out, or delete it"
+        )
+    return None
+
+
+class _Log(TrainerCallback):
+    """Appends every log to `metrics.jsonl`; a resumed run first drops the lines after its checkpoint."""
+
+    def __init__(self, *, resumed: bool):
+        self.resumed = resumed
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        path = Path(args.output_dir) / METRICS
+        if state.is_world_process_zero and self.resumed and path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(x for x in lines if json.loads(x)["step"] <= state.global_step))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if state.is_world_process_zero:
+            with (Path(args.output_dir) / METRICS).open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class _Progress(ProgressCallback):
+    """The Trainer's progress bar with the newest numbers on it, instead of printed between."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.set_postfix_str(_line(logs))
+
+
+class _Print(TrainerCallback):
+    """One line for each log, where there is no terminal for a progress bar."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if state.is_world_process_zero and _line(logs):
+            print(f"step {state.global_step}/{state.max_steps}: {_line(logs)}", flush=True)
+
+
+def _line(logs: dict[str, float]) -> str:
+    hidden = ("epoch", "learning_rate", "grad_norm", "total_flos", "runtime", "_per_second", "train_loss")
+    return " ".join(f"{name}={x:.4g}" for name, x in logs.items() if not name.endswith(hidden))
+
+
+class _Interrupt(TrainerCallback):
+    """The first Ctrl-C ends the run after the step in progress, with a checkpoint; the second at once."""
+
+    asked = False
+
+    def __enter__(self) -> None:
+        try:
+            self.previous = signal.signal(signal.SIGINT, self._ask)
+        except ValueError:  # not in the main thread, where signals arrive
+            self.previous = None
+
+    def __exit__(self, *_: Any) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+
+    def _ask(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nStopping after this step; Ctrl-C again to stop at once.", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True

@@ -1,0 +1,171 @@
+"""Causal language models as policies: `policy(ids, mask) -> logps`."""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from jaxtyping import Bool, Float, Int
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from alignkit.hf import builtin
+from alignkit.logps import head_logps, token_logps
+from alignkit.train import evaluating
+
+logger = logging.get_logger(__name__)
+
+
+class Policy(nn.Module):
+    """A causal language model whose call is the whole computation, head included: `policy(ids, mask) -> logps`.
+
+    `policy.lm` is the Hugging Face model (a `PeftModel` if it has an adapter); attributes that a policy lacks are
+    looked up there, so `policy.generate`, `policy.config` and the Trainer's calls reach it.
+    """
+
+    def __init__(self, lm: Any):
+        super().__init__()
+        self.lm = lm
+        self._linear_head = _has_linear_head(lm)
+
+    def forward(
+        self, ids: Int[Tensor, "*batch time"], mask: Bool[Tensor, "*batch time"]
+    ) -> Float[Tensor, "*batch time"]:
+        """Log-probs of the tokens where `mask` is True, 0 elsewhere; rows are right-padded.
+
+        The head runs on the True positions alone, in chunks; a model whose logits are more than a linear layer of its
+        last hidden state (soft-capping, an adapter on the head, prompt tuning) computes them in full instead.
+        """
+        rows, counts = ids.reshape(-1, ids.shape[-1]), mask.reshape(-1, mask.shape[-1])
+        if self._linear_head:
+            body, head = _body_and_head(self.lm)
+            hidden = body(input_ids=rows, use_cache=False)[0]
+            logps = head_logps(hidden, head.weight, rows, counts, bias=head.bias)
+        else:
+            logits = self.lm(input_ids=rows, use_cache=False).logits[:, -rows.shape[-1] :]
+            logps = token_logps(logits, rows, counts)
+        return logps.reshape(ids.shape)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "lm":
+                raise
+            return getattr(self.lm, name)
+
+
+class AdapterOff(nn.Module):
+    """The policy with its adapter disabled: a reference without a copy of the weights."""
+
+    def __init__(self, policy: Policy):
+        super().__init__()
+        self.policy = policy
+
+    def forward(
+        self, ids: Int[Tensor, "*batch time"], mask: Bool[Tensor, "*batch time"]
+    ) -> Float[Tensor, "*batch time"]:
+        """Log-probs of the base model."""
+        with self.policy.lm.disable_adapter():
+            return self.policy(ids, mask)
+
+
+def causal_lm(
+    model: str | Path, *, dtype: str = "float32", lora: int | PeftConfig | None = None, seed: int = 0
+) -> tuple[Policy, Any]:
+    """A policy and its tokenizer from a folder, a hub id or `builtin:tiny`.
+
+    A folder that holds only an adapter is merged into its base model. `dtype` is a torch dtype by name ("bfloat16"
+    halves the memory; for mixed precision leave it and set `bf16` in the training arguments). `lora` adds an adapter
+    to train: a rank (on all linear layers, alpha twice the rank) or any peft config. `seed` draws what is new.
+    """
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is not a torch dtype; use e.g. float32 or bfloat16")
+    lm, tokenizer = _load(str(model), seed)
+    lm = lm.to(getattr(torch, dtype))
+    if lora:
+        config = (
+            lora
+            if isinstance(lora, PeftConfig)
+            else LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            lm = get_peft_model(lm, config)
+    return Policy(lm.to(PartialState().device)), tokenizer
+
+
+def frozen(policy: Policy) -> nn.Module:
+    """The policy as it is now, to be compared with: `ref(ids, mask) -> logps`.
+
+    With an adapter it is the same weights with the adapter disabled, without one a copy. For log-probs computed once,
+    see `data.add_columns`.
+    """
+    if isinstance(policy.lm, PeftModel):
+        return AdapterOff(policy)
+    return copy.deepcopy(policy).requires_grad_(False).eval()
+
+
+def save(policy: Policy, tokenizer: Any, folder: str | Path) -> None:
+    """Write the model inside (or its adapter) and the tokenizer as a plain Hugging Face folder; main process only."""
+    if PartialState().is_main_process:
+        with without_bars():
+            policy.lm.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Loading and saving without progress bars of their own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _load(name: str, seed: int) -> tuple[Any, Any]:
+    if name.startswith("builtin:"):
+        if name != "builtin:tiny":
+            raise ValueError(f"model={name!r} is unknown; the built-in model is 'builtin:tiny'")
+        return builtin.tiny(seed)
+    folder = Path(name)
+    if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1 or name.startswith((".", "~", "runs/"))):
+        raise ValueError(f"model={name!r} is neither a folder that exists, nor a hub id, nor 'builtin:tiny'")
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        base, tokenizer = _load(json.loads(adapter.read_text())["base_model_name_or_path"], seed)
+        lm = PeftModel.from_pretrained(base, name).merge_and_unload()
+    else:
+        lm = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    if not adapter.exists() or (folder / "tokenizer_config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    return lm, tokenizer
+
+
+def _body_and_head(lm: Any) -> tuple[nn.Module, Any]:
+    base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
+    return base.base_model, base.get_output_embeddings()
+
+
+@torch.no_grad()
+def _has_linear_head(lm: Any) -> bool:
+    """Whether logits are exactly head(last hidden state), tried on a few tokens."""
+    body, head = _body_and_head(lm)
+    if type(head) is not nn.Linear or body is head:
+        return False
+    ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
+    with evaluating(lm):
+        logits = lm(input_ids=ids, use_cache=False).logits
+        same = torch.equal(head(body(input_ids=ids, use_cache=False)[0]), logits)
+    if not same:
+        logger.warning_once(f"{type(lm).__name__} does more to its logits than a linear layer: computing them in full")
+    return same

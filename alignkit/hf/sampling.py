@@ -1,0 +1,53 @@
+"""Answers from a policy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from alignkit import data
+from alignkit.hf.data import encode
+from alignkit.hf.models import Policy
+from alignkit.train import evaluating
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy, tokenizer: Any, prompts: Sequence[str], *, max_new: int, temperature: float = 1.0, seed: int = 0
+) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
+    """One answer to each prompt: `ids` (prompt and answer, right-padded) and `mask` (True on the answer, EOS included).
+
+    `temperature=0` is greedy. The random state is left as it was.
+    """
+    if not prompts:
+        raise ValueError("prompts is empty: give at least one")
+    if max_new < 1 or temperature < 0:
+        raise ValueError(f"max_new={max_new} must be at least 1 and temperature={temperature} at least 0")
+    encoded = [encode(tokenizer, prompt) for prompt in prompts]
+    longest = max(len(x) for x in encoded)
+    ids = torch.tensor([[0] * (longest - len(x)) + x for x in encoded], device=policy.device)
+    attention = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in encoded], device=policy.device)
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    with evaluating(policy), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out = policy.lm.generate(
+            input_ids=ids,
+            attention_mask=attention,
+            max_new_tokens=max_new,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+            **({"do_sample": False} | how),
+        )
+    rows = []
+    for prompt, answer in zip(encoded, out[:, longest:].tolist()):
+        end = answer.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in answer else len(answer)
+        rows.append({"ids": prompt + answer[:end], "mask": [False] * len(prompt) + [True] * end})
+    batch = data.collate(rows)
+    return batch["ids"], batch["mask"]
+
+
+def decode(tokenizer: Any, ids: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> list[str]:
+    """The text of each row's True tokens, without special tokens."""
+    return [tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in zip(ids, mask)]
