@@ -7,6 +7,7 @@ import inspect
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +18,8 @@ import tyro
 def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> Any:
     """Call `main` with the command line: its signature is the list of options, its module's docstring the help.
 
-    If `main` takes `**training`, every field of `transformers.TrainingArguments` is an option too. Errors that name an
-    argument are printed as one line with exit status 2.
+    If `main` takes `**training`, every field of `transformers.TrainingArguments` is an option too. What alignkit's own
+    checks raise is printed as one line, with exit status 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     signature = inspect.signature(main)
@@ -48,7 +49,8 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> Any:
     try:
         return main(**options)
     except (ValueError, TypeError) as error:
-        if "--traceback" in argv:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_code.co_filename.startswith(str(Path(__file__).parent)):
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             from alignkit.demo import demo
 
-            demo(Path(args.out), seed=args.seed)
+            demo(Path(args.out), run=_call, seed=args.seed)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
 
@@ -102,6 +104,11 @@ def _find(name: str) -> Path:
     if name not in known:
         raise ValueError(f"recipe {name!r} is neither a .py file nor one of {', '.join(known)}")
     return known[name]
+
+
+def _call(recipe: str, **options: Any) -> None:
+    """Run a recipe's `main` in this process."""
+    runpy.run_path(str(_find(recipe)))["main"](**options)
 
 
 def _new(name: str, source: Path) -> None:

@@ -39,8 +39,7 @@ def main(
     def with_reference(b):
         return b | {"ref_logps": infer(ref, b["ids"], b["mask"], rows=micro).sum(-1)}  # [B, 2]
 
-    if precompute:
-        rows = add_columns(rows, with_reference, batch=micro)
+    rows = add_columns(rows, with_reference, batch=micro) if precompute else rows
 
     def batches(step):
         stream = hf.stream(rows, batch=batch, seed=seed, start=step)
@@ -49,8 +48,8 @@ def main(
     def loss_fn(policy, ids, mask, ref_logps, weights):
         log_ratio = policy(ids, mask).sum(-1) - ref_logps  # [B, 2]
         margin = log_ratio[:, 0] - log_ratio[:, 1]  # [B]
-        metrics = {"accuracy": weigh(margin > 0, weights), "margin": weigh(margin, weights)}
-        return weigh(LOSSES[loss](margin, beta=beta), weights), metrics
+        losses = LOSSES[loss](margin, beta=beta)  # [B]
+        return weigh(losses, weights), {"accuracy": weigh(margin > 0, weights), "margin": weigh(margin, weights)}
 
     args = hf.arguments(out, batch=batch, micro=micro, lr=lr, steps=steps, seed=seed, **training)
     hf.fit(loss_fn, policy, batches, aggregate=row_mean, args=args, tokenizer=tok)

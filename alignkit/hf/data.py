@@ -11,18 +11,19 @@ Messages go through the tokenizer's chat template. A beginning-of-sequence token
 tokenizer uses one; an end-of-sequence token stands at the end, once, and counts.
 """
 
+import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-from accelerate import PartialState
 from datasets import Dataset, load_dataset
 
 from alignkit import data
 from alignkit.hf.builtin import load_reviews
+from alignkit.hf.models import process
 from alignkit.types import Batch
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -52,7 +53,7 @@ def load(dataset: str | Path, *, split: str = "train") -> Dataset:
 def text(dataset: _Source, tokenizer: Any, *, max_length: int, keep: str = "keep_end", split: str = "train") -> Dataset:
     """Rows to imitate: `ids` [T] and `mask` [T], True on what counts; prints how many were cut or dropped."""
 
-    def rows(row: dict[str, Any], names: Sequence[str]) -> list[_Row]:
+    def rows(row: Mapping[str, Any], names: Sequence[str]) -> list[_Row]:
         if names == ("text",) and isinstance(row["text"], str):
             return [_finish(tokenizer, encode(tokenizer, row["text"]), start=0)]
         if names == ("prompt", "completion"):
@@ -71,7 +72,7 @@ def pairs(
     token belongs to the answer. Prints how many pairs were cut or dropped.
     """
 
-    def rows(row: dict[str, Any], names: Sequence[str]) -> list[_Row]:
+    def rows(row: Mapping[str, Any], names: Sequence[str]) -> list[_Row]:
         prompt, chosen, rejected = _explicit(row.get("prompt"), row["chosen"], row["rejected"])
         both = [_answer(tokenizer, prompt, answer) for answer in (chosen, rejected)]
         start = min(mask.index(True) for _, mask in both)
@@ -90,7 +91,7 @@ def prompts(dataset: str | Path, *, split: str = "train") -> list[Any]:
 
 def stream(rows: Dataset, *, batch: int, seed: int, start: int = 0) -> Iterator[Batch]:
     """`data.stream` with this process's share of every batch."""
-    state = PartialState()
+    state = process()
     return data.stream(rows, batch=batch, seed=seed, start=start, rank=state.process_index, world=state.num_processes)
 
 
@@ -186,7 +187,7 @@ def _tokenize(
     dataset: Any,
     split: str,
     tokenizer: Any,
-    to_rows: Callable[[dict[str, Any], Sequence[str]], list[_Row]],
+    to_rows: Callable[[Mapping[str, Any], Sequence[str]], list[_Row]],
     formats: Sequence[Sequence[str]],
     max_length: int,
     keep: str,
@@ -203,7 +204,7 @@ def _tokenize(
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer has no eos_token, so answers could never end: set tokenizer.eos_token")
 
-    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+    def convert(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         where = f"{name}, row {index + 1}"
         values = {column: _check(tokenizer, row[column], f"{where}: {column!r}") for column in names}
         try:
@@ -225,9 +226,22 @@ def _tokenize(
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    with PartialState().main_process_first():
-        rows = table.map(convert, with_indices=True, remove_columns=table.column_names, desc=f"tokenizing {name}")
+    with process().main_process_first():
+        rows = table.map(
+            convert,
+            with_indices=True,
+            remove_columns=table.column_names,
+            desc=f"tokenizing {name}",
+            new_fingerprint=_fingerprint(table, tokenizer, names, max_length, keep),
+        )
     return _report(rows, name, max_length, keep)
+
+
+def _fingerprint(table: Dataset, tokenizer: Any, *options: Any) -> str:
+    """A key for the cache of datasets; its own would pickle everything that the conversion can reach."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [table._fingerprint, repr(tokenizer), backend and backend.to_str(), tokenizer.chat_template, *options]
+    return hashlib.sha256((repr(parts) + Path(__file__).read_text()).encode()).hexdigest()[:32]
 
 
 def _report(rows: Dataset, name: str, max_length: int, keep: str) -> Dataset:
@@ -244,7 +258,7 @@ def _report(rows: Dataset, name: str, max_length: int, keep: str) -> Dataset:
         notes.append(f"{cut:,} cut to {max_length} tokens ({keep}), {short:,} of them lost tokens that count")
     if len(kept) < total:
         notes.append(f"{total - len(kept):,} dropped, as no token of them counts")
-    if PartialState().is_main_process:
+    if process().is_main_process:
         print(f"{name}: " + "; ".join(notes))
     if not len(kept):
         raise ValueError(f"{name}: in none of the {total} rows is there a token that counts")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -21,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, has_length
 
-from alignkit.hf.models import Policy, without_bars
+from alignkit.hf.models import Policy, process, without_bars
 from alignkit.train import add_metrics, check_columns, check_loss, split, weighted
 from alignkit.types import Aggregates, Batch, Metrics
 
@@ -49,7 +48,7 @@ def arguments(
     `fields` are any others by name, and win over the defaults chosen here. Raises ValueError if `batch` is not a
     multiple of `micro` times the number of processes.
     """
-    world = PartialState().num_processes
+    world = process().num_processes
     if batch < 1 or micro < 1 or batch % (micro * world):
         raise ValueError(f"batch={batch} must be a positive multiple of micro={micro} times {world} processes")
     defaults = {
@@ -60,6 +59,8 @@ def arguments(
         "lr_scheduler_type": "linear",
         "warmup_steps": steps // 10,
         "dataloader_pin_memory": False,
+        "ddp_find_unused_parameters": False,
+        "use_cpu": process().device.type == "cpu",
         "disable_tqdm": not sys.stderr.isatty(),
     }
     return TrainingArguments(
@@ -117,7 +118,7 @@ def fit(
         result = trainer.train(resume_from_checkpoint=checkpoint)
     if interrupt.asked:
         saved = get_last_checkpoint(args.output_dir)
-        if PartialState().is_main_process:
+        if process().is_main_process:
             print(
                 f"\nStopped at step {result.global_step} and saved {saved}.\n"
                 "Resume with the same command and --resume-from-checkpoint last",
@@ -252,7 +253,7 @@ def _checkpoint(args: TrainingArguments) -> str | None:
             raise ValueError(f"resume_from_checkpoint={wanted!r}: there is no checkpoint in {found or out}")
         return str(found)
     exists = (
-        PartialState().is_main_process
+        process().is_main_process
         and out.is_dir()
         and ((out / METRICS).exists() or get_last_checkpoint(str(out)) is not None)
     )

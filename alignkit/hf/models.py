@@ -2,8 +2,10 @@
 
 import copy
 import json
+import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -87,18 +89,17 @@ def causal_lm(
     """
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype={dtype!r} is not a torch dtype; use e.g. float32 or bfloat16")
-    lm, tokenizer = _load(str(model), seed)
-    lm = lm.to(getattr(torch, dtype))
-    if lora:
-        config = (
-            lora
-            if isinstance(lora, PeftConfig)
-            else LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            lm = get_peft_model(lm, config)
-    return Policy(lm.to(PartialState().device)), tokenizer
+    with warnings.catch_warnings(), nullcontext() if sys.stderr.isatty() else without_bars():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft reads the old name
+        lm, tokenizer = _load(str(model), seed)
+        lm = lm.to(getattr(torch, dtype))
+        if isinstance(lora, int) and lora > 0:
+            lora = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type="CAUSAL_LM")
+        if lora:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                lm = get_peft_model(lm, lora)
+    return Policy(lm.to(process().device)), tokenizer
 
 
 def frozen(policy: Policy) -> nn.Module:
@@ -114,10 +115,15 @@ def frozen(policy: Policy) -> nn.Module:
 
 def save(policy: Policy, tokenizer: Any, folder: str | Path) -> None:
     """Write the model inside (or its adapter) and the tokenizer as a plain Hugging Face folder; main process only."""
-    if PartialState().is_main_process:
+    if process().is_main_process:
         with without_bars():
             policy.lm.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def process() -> PartialState:
+    """This process among all: its index, their number, its device."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 @contextmanager
@@ -143,7 +149,7 @@ def _load(name: str, seed: int) -> tuple[Any, Any]:
     adapter = folder / "adapter_config.json"
     if adapter.exists():
         base, tokenizer = _load(json.loads(adapter.read_text())["base_model_name_or_path"], seed)
-        lm = PeftModel.from_pretrained(base, name).merge_and_unload()
+        lm = PeftModel.from_pretrained(base, name).merge_and_unload().requires_grad_(True)
     else:
         lm = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     if not adapter.exists() or (folder / "tokenizer_config.json").exists():

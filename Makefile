@@ -1,0 +1,31 @@
+PYTHON ?= python3
+BIN = .venv/bin
+SOURCES = alignkit recipes tests
+
+.PHONY: demo test test-slow lint docs-check docs
+
+demo: .venv/.done
+	$(BIN)/alignkit demo
+
+test: .venv/.done
+	$(BIN)/python -m pytest -n 2 -q -m "not slow and not gpu"
+
+test-slow: .venv/.done
+	$(BIN)/python -m pytest -n 2 -q -m "slow and not gpu"
+
+lint: .venv/.done
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+docs-check: .venv/.done
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+docs: .venv/.done
+	$(BIN)/python -m tests.readme
+
+.venv/.done: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"alignkit needs Python 3.11 or newer, not {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@

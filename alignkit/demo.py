@@ -1,0 +1,110 @@
+"""`alignkit demo`: a small model learns to write film reviews, then to please, and the true reward shows it."""
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alignkit.train import infer
+
+MAX_NEW = 64
+
+
+class Measured(NamedTuple):
+    """What `n` sampled answers say of a policy; the intervals are 95 % (1.96 standard errors)."""
+
+    step: int
+    reward: float
+    reward_interval: float
+    kl: float
+    kl_interval: float
+    samples: list[str]
+
+
+def demo(
+    out: Path, *, run: Any, seed: int = 0, sft_steps: int = 300, dpo_steps: int = 100, n: int = 256
+) -> list[Measured]:
+    """SFT on the built-in reviews, DPO from it; writes checkpoints, metrics, demo.json and demo.png under `out`.
+
+    `run(recipe, **options)` runs a recipe. Rewards are true ones: the sentiment of `n` answers to films of the test
+    split. KL is in nats per answer, to the model after SFT.
+    """
+    from alignkit import hf
+
+    shutil.rmtree(out, ignore_errors=True)
+    print("1/3  SFT: learning to write reviews")
+    run("sft", out=str(out / "sft"), steps=sft_steps, seed=seed, save_strategy="no", logging_steps=50)
+    print("2/3  DPO: learning from preferences between reviews")
+    sft, dpo = out / "sft", out / "dpo"
+    run("dpo", model=str(sft), out=str(dpo), steps=dpo_steps, seed=seed, save_steps=max(dpo_steps // 5, 1))
+    print(f"3/3  Measuring: {n} answers of each checkpoint")
+    reference, tokenizer = hf.causal_lm(sft)
+    prompts = hf.prompts("builtin:reviews", split="test")[:n]
+    steps = sorted(int(path.name.split("-")[1]) for path in dpo.glob("checkpoint-*"))
+    measured = []
+    for step in [0, *steps]:
+        policy = hf.causal_lm(dpo / f"checkpoint-{step}")[0] if step else reference
+        measured.append(measure(step, policy, reference, tokenizer, prompts, seed=seed))
+    (out / "demo.json").write_text(json.dumps([x._asdict() for x in measured], indent=1))
+    _plot(measured, out / "demo.png")
+    print(_table(measured, prompts))
+    print(f"\nEverything is under {out}/: sft/ and dpo/ (models, checkpoints, metrics.jsonl), demo.json, demo.png")
+    return measured
+
+
+def measure(step: int, policy: Any, reference: Any, tokenizer: Any, prompts: list[str], *, seed: int) -> Measured:
+    """Sample one answer to each prompt; mean true reward, and mean log(pi / reference) of the answers."""
+    from alignkit import hf
+
+    ids, mask = hf.sample(policy, tokenizer, prompts, max_new=MAX_NEW, seed=seed)
+    texts = hf.decode(tokenizer, ids, mask)
+    log_ratio = infer(policy, ids, mask, rows=64).sum(-1) - infer(reference, ids, mask, rows=64).sum(-1)
+    return Measured(step, *_mean([hf.sentiment(x) for x in texts]), *_mean(log_ratio.tolist()), texts[:4])
+
+
+def _mean(x: list[float]) -> tuple[float, float]:
+    return statistics.fmean(x), 1.96 * statistics.stdev(x) / len(x) ** 0.5
+
+
+def _table(measured: list[Measured], prompts: list[str]) -> str:
+    before, after = measured[0], measured[-1]
+    rows = [
+        ("", "after SFT", f"after DPO, step {after.step}"),
+        ("true reward (-1 to 1)", _pm(before.reward, before.reward_interval), _pm(after.reward, after.reward_interval)),
+        ("KL to SFT (nats)", "0", _pm(after.kl, after.kl_interval)),
+    ]
+    lines = ["", *(f"{a:24}{b:20}{c}" for a, b, c in rows)]
+    for prompt, old, new in zip(prompts, before.samples, after.samples):
+        lines += ["", prompt.split("\n")[0], f"  after SFT: {old.strip()}", f"  after DPO: {new.strip()}"]
+    return "\n".join(lines)
+
+
+def _pm(mean: float, interval: float) -> str:
+    return f"{mean:+.3f} ± {interval:.3f}"
+
+
+def _plot(measured: list[Measured], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    steps = [x.step for x in measured]
+    series = [
+        (left, "true reward", [x.reward for x in measured], [x.reward_interval for x in measured], "tab:blue"),
+        (
+            right,
+            "KL to the SFT model (nats)",
+            [x.kl for x in measured],
+            [x.kl_interval for x in measured],
+            "tab:orange",
+        ),
+    ]
+    for axes, title, mean, interval, color in series:
+        axes.errorbar(steps, mean, yerr=interval, marker="o", capsize=3, color=color)
+        axes.set(title=title, xlabel="DPO step")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,215 @@
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+from tests.hf.conftest import tiny_config
+from transformers import AutoModelForCausalLM
+
+from alignkit import hf
+from alignkit.hf.models import Policy
+from alignkit.logps import token_logps
+from alignkit.train import infer
+
+
+def rows(vocab=50):
+    ids = torch.randint(0, vocab, (3, 2, 9))
+    mask = torch.rand(3, 2, 9) > 0.4
+    mask[..., 0] = False
+    mask[1, 0] = False
+    return ids, mask
+
+
+def plain(policy, ids, mask):
+    logits = policy.lm(input_ids=ids.flatten(0, 1)).logits.unflatten(0, ids.shape[:2])
+    return token_logps(logits, ids, mask)
+
+
+def gradients(policy, out):
+    policy.zero_grad()
+    (out * torch.arange(out.numel()).reshape(out.shape)).sum().backward()
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_policy_equals_the_plain_path_in_value_and_gradient(folder, lora):
+    policy, _ = hf.causal_lm(folder, dtype="float64", lora=lora)
+    policy.eval()
+    ids, mask = rows()
+    assert policy._linear_head
+    fast, slow = policy(ids, mask), plain(policy, ids, mask)
+    torch.testing.assert_close(fast, slow, atol=1e-12, rtol=0)
+    a, b = gradients(policy, policy(ids, mask)), gradients(policy, plain(policy, ids, mask))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-11, rtol=0)
+    assert all("lora" in name for name in a) == bool(lora)
+
+
+def test_a_head_that_is_more_than_linear_is_computed_in_full(tokenizer):
+    from transformers import Gemma2Config
+
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        final_logit_softcapping=0.5,
+    )
+    policy = Policy(AutoModelForCausalLM.from_config(config).double())
+    assert not policy._linear_head
+    ids, mask = rows()
+    torch.testing.assert_close(policy(ids, mask), plain(policy, ids, mask), atol=1e-12, rtol=0)
+
+
+def test_an_adapter_on_the_head(folder):
+    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    policy, _ = hf.causal_lm(folder, lora=config)
+    policy.eval()
+    ids, mask = rows()
+    torch.testing.assert_close(policy(ids, mask), plain(policy, ids, mask), atol=1e-5, rtol=0)
+    assert gradients(policy, policy(ids, mask))
+
+
+def test_padding_is_invisible(folder):
+    policy, _ = hf.causal_lm(folder, dtype="float64")
+    policy.eval()
+    ids, mask = rows()
+    wide, none = torch.cat([ids, torch.full_like(ids, 7)], -1), torch.cat([mask, torch.zeros_like(mask)], -1)
+    torch.testing.assert_close(policy(wide, none)[..., :9], policy(ids, mask), atol=1e-12, rtol=0)
+
+
+def test_functional_call_and_per_sample_gradients(folder):
+    policy, _ = hf.causal_lm(folder, dtype="float64")
+    policy.eval()
+    ids, mask = rows()
+    params = {name: p.detach() for name, p in policy.named_parameters()}
+
+    def loss(params, ids, mask):
+        return torch.func.functional_call(policy, params, (ids, mask)).sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(params, ids, mask)
+    total = torch.func.grad(loss)(params, ids, mask)
+    for name in params:
+        torch.testing.assert_close(per_sample[name].sum(0), total[name], atol=1e-10, rtol=0)
+
+
+class TestReference:
+    def test_a_copy_stays_where_it_was(self, folder):
+        policy, _ = hf.causal_lm(folder)
+        ref = hf.frozen(policy)
+        self.check(policy, ref)
+        assert not any(p.requires_grad for p in ref.parameters())
+
+    def test_an_adapter_is_disabled_without_a_copy(self, folder):
+        policy, _ = hf.causal_lm(folder, lora=2)
+        ref = hf.frozen(policy)
+        self.check(policy, ref)
+        assert {id(p) for p in ref.parameters()} == {id(p) for p in policy.parameters()}
+
+    @staticmethod
+    def check(policy, ref):
+        ids, mask = rows()
+        before = infer(policy, ids, mask)
+        policy.train()
+        torch.testing.assert_close(infer(ref, ids, mask), before)
+        with torch.no_grad():
+            for p in policy.parameters():
+                if p.requires_grad:
+                    p.add_(0.1 * torch.randn_like(p))
+        assert (infer(policy, ids, mask) - before).abs().max() > 1e-4
+        torch.testing.assert_close(infer(ref, ids, mask), before)
+        assert policy.training
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_save_and_load(folder, tmp_path, lora):
+    policy, tok = hf.causal_lm(folder, lora=lora)
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    hf.save(policy, tok, tmp_path)
+    again, tok2 = hf.causal_lm(tmp_path)
+    ids, mask = rows()
+    torch.testing.assert_close(infer(again, ids, mask), infer(policy, ids, mask), atol=1e-5, rtol=1e-5)
+    assert all(p.requires_grad for p in again.parameters())
+    assert tok2.get_vocab() == tok.get_vocab()
+    if not lora:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_builtin_is_seeded(tmp_path):
+    a, b, c = (hf.causal_lm("builtin:tiny", seed=s)[0].state_dict() for s in (0, 0, 1))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def test_an_adapter_of_the_builtin_model_finds_its_base(tmp_path):
+    policy, tok = hf.causal_lm("builtin:tiny", lora=2)
+    hf.save(policy, tok, tmp_path)
+    again, _ = hf.causal_lm(tmp_path)
+    ids, mask = rows()
+    torch.testing.assert_close(infer(again, ids, mask), infer(policy, ids, mask))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"model": "runs/none"}, "model='runs/none' is neither a folder"),
+        ({"model": "builtin:huge"}, "'builtin:tiny'"),
+        ({"model": "builtin:tiny", "dtype": "half precision"}, "dtype='half precision' is not a torch dtype"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        hf.causal_lm(**kwargs)
+
+
+class TestSample:
+    def test_columns(self, folder):
+        policy, tok = hf.causal_lm(folder)
+        prompts = ["Film: The Last Letter\nReview:", "Hm"]
+        ids, mask = hf.sample(policy, tok, prompts, max_new=6, seed=1)
+        for row, keep, prompt in zip(ids, mask, prompts):
+            start = int(keep.nonzero()[0])
+            assert tok.decode(row[:start]) == prompt
+            assert keep[start : start + int(keep.sum())].all()
+            assert keep.sum() <= 6
+
+    def test_seed_and_random_state(self, folder):
+        policy, tok = hf.causal_lm(folder)
+        state = torch.random.get_rng_state()
+        a, b, c = (hf.sample(policy, tok, ["The plot"], max_new=8, seed=s)[0].tolist() for s in (1, 1, 2))
+        assert a == b != c
+        assert torch.equal(state, torch.random.get_rng_state())
+
+    def test_eos_ends_the_answer_and_counts(self, tokenizer):
+        config = tiny_config("qwen2", len(tokenizer))
+        policy = Policy(AutoModelForCausalLM.from_config(config))
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.zero_()
+            policy.lm.model.norm.weight.fill_(1)
+            policy.lm.model.embed_tokens.weight.fill_(1)
+            policy.lm.lm_head.weight[tokenizer.eos_token_id] = 1
+        ids, mask = hf.sample(policy, tokenizer, ["The plot"], max_new=8, temperature=0)
+        assert ids[mask].tolist() == [tokenizer.eos_token_id]
+        assert hf.decode(tokenizer, ids, mask) == [""]
+
+    def test_bad_arguments(self, folder):
+        policy, tok = hf.causal_lm(folder)
+        for prompts, max_new, name in (([], 3, "prompts"), (["a"], 0, "max_new")):
+            with pytest.raises(ValueError, match=name):
+                hf.sample(policy, tok, prompts, max_new=max_new)
+
+
+def test_a_policy_copies_and_pickles(folder):
+    policy, _ = hf.causal_lm(folder)
+    again = copy.deepcopy(policy)
+    assert again.lm is not policy.lm
+    with pytest.raises(AttributeError):
+        policy.no_such_attribute  # noqa: B018

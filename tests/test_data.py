@@ -1,0 +1,234 @@
+from collections import Counter
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignkit.data import add_columns, collate, pad, stream, truncate
+from tests.strategies import seeds
+
+# columns
+
+
+def test_the_innermost_lists_are_padded_on_the_right() -> None:
+    assert pad([[1, 2, 3], [4]]).tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert pad([[[1], [2, 3]], [[], [4]]]).tolist() == [[[1, 0], [2, 3]], [[0, 0], [4, 0]]]
+    assert pad([[True], [False, True]]).tolist() == [[True, False], [False, True]]
+    assert pad([1.5, 2.0]).tolist() == [1.5, 2.0]
+    assert pad([]).tolist() == []
+    assert pad(3).item() == 3
+
+
+@pytest.mark.parametrize(
+    ("nested", "dtype"),
+    [
+        ([[1], [2, 3]], torch.int64),
+        ([[], [True]], torch.bool),
+        ([[True], []], torch.bool),
+        ([[], [0.5]], torch.float32),
+        ([[], []], torch.int64),
+        ([[[], [True]], [[], []]], torch.bool),
+        ([torch.tensor([1.0], dtype=torch.float64), torch.tensor([])], torch.float64),
+    ],
+)
+def test_an_empty_row_takes_the_dtype_of_the_others(nested: Any, dtype: torch.dtype) -> None:
+    assert pad(nested).dtype == dtype
+
+
+@pytest.mark.parametrize("nested", [[[[1], [2]], [[3]]], [[1, 2], [[3]]]])
+def test_only_the_last_axis_may_be_ragged(nested: Any) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        pad(nested)
+
+
+def test_rows_become_columns() -> None:
+    got = collate([{"ids": [5, 2], "mask": [False, True], "score": 0.5}, {"score": 1.0, "mask": [], "ids": []}])
+    assert {k: v.tolist() for k, v in got.items()} == {
+        "ids": [[5, 2], [0, 0]],
+        "mask": [[False, True], [False, False]],
+        "score": [0.5, 1.0],
+    }
+    assert got["mask"].dtype == torch.bool
+
+
+def test_rows_must_have_the_same_columns() -> None:
+    with pytest.raises(ValueError, match=r"row 1 has the columns \['ids', 'x'\], row 0 has \['ids'\]"):
+        collate([{"ids": [1]}, {"ids": [1], "x": 1}])
+    with pytest.raises(ValueError, match="row 2"):
+        collate([{"ids": [1]}, {"ids": [1]}, {}])
+
+
+# truncation
+
+IDS, MASK = [1, 10, 11, 12, 20, 21, 22], [False] * 4 + [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("keep", "bos", "max_length", "ids", "lost"),
+    [
+        ("keep_end", None, 7, IDS, 0),
+        ("keep_end", None, 9, IDS, 0),
+        ("keep_end", None, 5, [11, 12, 20, 21, 22], 0),
+        ("keep_start", None, 5, [1, 10, 20, 21, 22], 0),
+        ("keep_end", 1, 5, [1, 12, 20, 21, 22], 0),
+        ("keep_start", 1, 5, [1, 10, 20, 21, 22], 0),
+        ("keep_end", 1, 4, [1, 20, 21, 22], 0),
+        ("keep_end", None, 4, [12, 20, 21, 22], 0),
+        ("keep_start", None, 4, [1, 20, 21, 22], 0),
+        ("keep_end", None, 3, [12, 20, 21], 1),
+        ("keep_end", 1, 2, [1, 20], 2),
+        ("keep_start", None, 2, [1, 20], 2),
+        ("keep_end", 99, 5, [11, 12, 20, 21, 22], 0),
+    ],
+)
+def test_the_prompt_goes_first_then_the_end(
+    keep: str, bos: int | None, max_length: int, ids: list[int], lost: int
+) -> None:
+    cut = truncate(IDS, MASK, max_length=max_length, keep=keep, bos=bos)
+    assert cut.ids == ids
+    assert cut.mask == [i >= 20 for i in ids]
+    assert cut.lost == lost
+
+
+@pytest.mark.parametrize(
+    ("keep", "bos", "ids", "mask", "lost"),
+    [
+        ("keep_end", None, [3, 4, 5], [False, True, True], 2),
+        ("keep_start", None, [1, 2, 3], [False, True, True], 2),
+        ("keep_end", 1, [1, 4, 5], [False, True, True], 2),
+        ("keep_start", 1, [1, 2, 3], [False, True, True], 2),
+    ],
+)
+def test_text_loses_one_of_its_ends(keep: str, bos: int | None, ids: list[int], mask: list[bool], lost: int) -> None:
+    assert truncate([1, 2, 3, 4, 5], [False] + [True] * 4, max_length=3, keep=keep, bos=bos) == (ids, mask, lost)
+
+
+def test_a_text_whose_first_token_counts_is_text_too() -> None:
+    cut = truncate([1, 2, 3, 4], [True] * 4, max_length=3, keep="keep_end")
+    assert (cut.ids, cut.mask) == ([2, 3, 4], [False, True, True])
+    assert cut.lost == 2
+
+
+def test_a_row_without_answer_is_all_prompt() -> None:
+    assert truncate([1, 2, 3, 4], [False] * 4, max_length=2, keep="keep_end") == ([3, 4], [False] * 2, 0)
+    assert truncate([1, 2, 3, 4], [False] * 4, max_length=2, keep="keep_start") == ([1, 2], [False] * 2, 0)
+    assert truncate([1, 2, 3, 4], [False] * 4, max_length=2, keep="keep_end", bos=1) == ([1, 4], [False] * 2, 0)
+
+
+def test_an_empty_row_stays_empty() -> None:
+    assert truncate([], [], max_length=2, keep="keep_end") == ([], [], 0)
+
+
+@pytest.mark.parametrize("keep", ["keep_end", "keep_start"])
+def test_both_answers_of_a_pair_lose_the_same_tokens_of_their_prompt(keep: str) -> None:
+    prompt, long, short = [1, 2, 3, 4, 5], [20, 21, 22, 23], [30]
+    overflow = len(prompt + long) - 7
+    cuts = [
+        truncate(prompt + a, [False] * 5 + [True] * len(a), max_length=7, keep=keep, overflow=overflow)
+        for a in (long, short)
+    ]
+    kept = [1, 2, 3] if keep == "keep_start" else [3, 4, 5]
+    assert [c.ids for c in cuts] == [kept + long, kept + short]
+    assert [c.lost for c in cuts] == [0, 0]
+    assert truncate(prompt + short, [False] * 5 + [True], max_length=7, keep=keep, overflow=0).ids == prompt + short
+
+
+@given(
+    prompt=st.integers(1, 6),
+    answer=st.integers(0, 6),
+    holes=seeds,
+    max_length=st.integers(2, 8),
+    keep=st.sampled_from(["keep_end", "keep_start"]),
+    bos=st.booleans(),
+)
+def test_what_every_cut_keeps(prompt: int, answer: int, holes: int, max_length: int, keep: str, bos: bool) -> None:
+    ids = list(range(100, 100 + prompt + answer))
+    generator = torch.Generator().manual_seed(holes)
+    mask = [False] * prompt + (torch.rand(answer, generator=generator) < 0.7).tolist()
+    cut = truncate(ids, mask, max_length=max_length, keep=keep, bos=100 if bos else None)
+    assert len(cut.ids) == len(cut.mask) == min(len(ids), max_length)
+    assert cut.ids == sorted(cut.ids)
+    assert not cut.mask[0]
+    assert all(mask[ids.index(i)] >= m for i, m in zip(cut.ids, cut.mask))
+    assert cut.lost == sum(mask) - sum(cut.mask)
+    assert not bos or cut.ids[0] == 100
+
+
+def test_truncate_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match="keep='end' must be"):
+        truncate(IDS, MASK, max_length=3, keep="end")
+    with pytest.raises(ValueError, match="max_length=1 must be at least 2"):
+        truncate(IDS, MASK, max_length=1, keep="keep_end")
+
+
+# streams
+
+ROWS = [{"ids": [i]} for i in range(7)]
+
+
+def seen(n: int, rows: Any = ROWS, **kwargs: Any) -> list[list[int]]:
+    return [b["ids"].flatten().tolist() for b in islice(stream(rows, **kwargs), n)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 10])
+def test_every_row_comes_once_per_epoch(batch: int) -> None:
+    flat = [i for part in seen(21, batch=batch, seed=3) for i in part]
+    for epoch in range(len(flat) // 7):
+        assert sorted(flat[7 * epoch : 7 * epoch + 7]) == list(range(7))
+
+
+@given(seed=seeds, batch=st.integers(1, 10), start=st.integers(0, 9))
+def test_a_stream_starts_anywhere(seed: int, batch: int, start: int) -> None:
+    assert seen(3, batch=batch, seed=seed, start=start) == seen(start + 3, batch=batch, seed=seed)[start:]
+
+
+@given(seed=seeds, world=st.sampled_from([1, 2, 3]), each=st.integers(1, 4), start=st.integers(0, 3))
+def test_processes_share_the_rows_of_one(seed: int, world: int, each: int, start: int) -> None:
+    batch = world * each
+    whole = seen(4, batch=batch, seed=seed, start=start)
+    parts = [seen(4, batch=batch, seed=seed, start=start, rank=rank, world=world) for rank in range(world)]
+    for step, rows in enumerate(whole):
+        for rank in range(world):
+            assert parts[rank][step] == rows[rank::world]
+
+
+def test_seeds_and_epochs_differ() -> None:
+    many = [{"ids": [i]} for i in range(50)]
+    first, second = (seen(3, many, batch=50, seed=s) for s in (0, 1))
+    orders = [tuple(order) for order in (*first, *second)]
+    assert len(set(orders)) == 6
+    assert first == seen(3, many, batch=50, seed=0)
+
+
+def test_a_negative_or_huge_seed_is_a_seed() -> None:
+    for seed in (-1, 2**63, 10**30):
+        assert Counter(seen(1, batch=7, seed=seed)[0]) == Counter(range(7))
+
+
+def test_a_stream_refuses_what_it_cannot_share() -> None:
+    with pytest.raises(ValueError, match="rows is empty"):
+        next(stream([], batch=2, seed=0))
+    for batch, world in ((0, 1), (-2, 2), (3, 2)):
+        with pytest.raises(ValueError, match=f"batch={batch} must be a positive multiple of the {world} processes"):
+            next(stream(ROWS, batch=batch, seed=0, world=world))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+def test_columns_are_added_batch_by_batch(batch: int) -> None:
+    rows = [{"ids": list(range(n)), "mask": [True] * n} for n in (3, 1, 4, 2, 1)]
+    sizes: list[int] = []
+
+    def fn(columns: Any) -> Any:
+        sizes.append(len(columns["ids"]))
+        return {"n": columns["mask"].sum(-1), "both": torch.stack([columns["ids"].sum(-1)] * 2, -1)}
+
+    got = add_columns(rows, fn, batch=batch)
+    assert [r["n"] for r in got] == [3, 1, 4, 2, 1]
+    assert [r["both"] for r in got] == [[3, 3], [0, 0], [6, 6], [1, 1], [0, 0]]
+    assert [r["ids"] for r in got] == [r["ids"] for r in rows]
+    assert "n" not in rows[0]
+    assert sizes == [batch] * (5 // batch) + [5 % batch] * (5 % batch > 0)
+    assert add_columns([], fn, batch=batch) == []
