@@ -9,6 +9,7 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,16 +35,19 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> Any:
             _training_parser().print_help()
             return None
 
-    def bound(**options: Any) -> dict[str, Any]:
-        return options
-
     comments = _comments(main)
-    own = [p.replace(annotation=Annotated[p.annotation, tyro.conf.arg(help=comments.get(p.name, ""))]) for p in own]
-    bound.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
-    bound.__annotations__ = {p.name: p.annotation for p in own}
-    options, rest = tyro.cli(
-        bound, args=argv, prog=Path(sys.argv[0]).name, description=description, return_unknown_args=True
+    fields = []
+    for p in own:
+        kind = Annotated[p.annotation, tyro.conf.arg(help=comments.get(p.name, ""))]
+        fields.append((p.name, kind) if p.default is p.empty else (p.name, kind, field(default=p.default)))
+    parsed, rest = tyro.cli(
+        make_dataclass("Options", fields),
+        args=argv,
+        prog=Path(sys.argv[0]).name,
+        description=description,
+        return_unknown_args=True,
     )
+    options = vars(parsed)
     if rest:
         options |= _training_options(rest, [p.name for p in own]) if takes_training else _unknown(rest[0], own)
     try:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alignkit.types import Batch
+from alignkit.types import Batch, Rows
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
@@ -78,9 +78,7 @@ def truncate(
     return Cut(ids, kept, sum(mask) - sum(kept))
 
 
-def stream(
-    rows: Sequence[Mapping[str, Any]], *, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
-) -> Iterator[Batch]:
+def stream(rows: Rows, *, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
     """Batches of `batch` shuffled rows for ever, the first being that of step `start`.
 
     Epoch after epoch in a new order each, without a break at their ends, so every row is seen equally often. Batch
@@ -103,7 +101,7 @@ def stream(
         start += 1
 
 
-def add_columns(rows: Sequence[Mapping[str, Any]], fn: Callable[[Batch], Batch], *, batch: int) -> list[dict[str, Any]]:
+def add_columns(rows: Rows, fn: Callable[[Batch], Batch], *, batch: int) -> list[dict[str, Any]]:
     """The rows with the new columns of `fn(columns)`, computed `batch` rows at a time (e.g. reference log-probs)."""
     out: list[dict[str, Any]] = []
     for i in range(0, len(rows), batch):

@@ -1,7 +1,7 @@
 """The vocabulary: what a batch, a loss and a state machine are, and the names of the columns."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -19,6 +19,15 @@ class LossFn(Protocol):
 
     def __call__(self, model: Any, /, **batch: Tensor) -> tuple[Tensor, Metrics]:
         """Weigh un-reduced losses and metrics with the columns that `aggregate` made."""
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Rows by number, such as a list of dicts or a `datasets.Dataset`; each maps column names to numbers or lists."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class Stateful(NamedTuple):

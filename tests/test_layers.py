@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "alignkit"
-FLOOR_1 = ("types masking logps kl weights advantages shaping controllers losses").split()
+FLOOR_1 = ["types", "masking", "logps", "kl", "weights", "advantages", "shaping", "controllers", "losses"]
 LIBRARIES = {"transformers", "datasets", "peft", "diffusers", "accelerate", "tokenizers"}
 MAY_IMPORT = {1: {"types", "masking"}, 2: {*FLOOR_1, "data", "train"}, 3: {*FLOOR_1, "data", "train", "hf"}}
 

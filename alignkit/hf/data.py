@@ -24,7 +24,7 @@ from datasets import Dataset, load_dataset
 from alignkit import data
 from alignkit.hf.builtin import load_reviews
 from alignkit.hf.models import process
-from alignkit.types import Batch
+from alignkit.types import Batch, Rows
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TEXT_FORMATS = (("messages",), ("prompt", "completion"), ("text",))
@@ -89,7 +89,7 @@ def prompts(dataset: str | Path, *, split: str = "train") -> list[Any]:
     return list(table["prompt"])
 
 
-def stream(rows: Dataset, *, batch: int, seed: int, start: int = 0) -> Iterator[Batch]:
+def stream(rows: Rows, *, batch: int, seed: int, start: int = 0) -> Iterator[Batch]:
     """`data.stream` with this process's share of every batch."""
     state = process()
     return data.stream(rows, batch=batch, seed=seed, start=start, rank=state.process_index, world=state.num_processes)

@@ -143,7 +143,7 @@ class _Trainer(Trainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         loss, metrics = check_loss(self.compute_loss_func(model, **inputs))
-        add_metrics(self.__dict__.setdefault("_metrics", {}), metrics)
+        add_metrics(self.__dict__.setdefault("_metrics", {}), {"loss": loss, **metrics})
         return loss * self.accelerator.num_processes  # undoes the average of gradients over processes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

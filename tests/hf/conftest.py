@@ -19,9 +19,7 @@ def bos_tokenizer(tokenizer):
 
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     bos = "<|im_start|>"
-    backend.post_processor = TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
-    )
+    backend.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=bos, eos_token=tokenizer.eos_token, chat_template=tokenizer.chat_template
     )

