@@ -173,6 +173,24 @@ def test_vmap_over_the_batch_and_over_gradients_of_the_weight(kind: str, source:
 
 
 @kinds
+@few
+@given(source=sources(), chunk=st.sampled_from(CHUNKS))
+def test_anything_may_sit_under_the_mask_within_transforms(kind: str, source: Source, chunk: int) -> None:
+    hidden, weight, bias, ids, mask = inputs(source)
+    before = torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)[..., None].expand(hidden.shape)
+    dirty = torch.where(before, hidden, source.garbage(hidden)), torch.where(mask, ids, source.garbage(ids))
+
+    def loss(h: Tensor, w: Tensor, i: Tensor, m: Tensor) -> Tensor:
+        return head(kind, h, w, bias, i, m, chunk).sum()
+
+    per_row = torch.func.vmap(torch.func.grad_and_value(loss, (0, 1)), (0, None, 0, 0))
+    clean = torch.where(before, hidden, 0), torch.where(mask, ids, 0)
+    got, expected = (per_row(h, weight, i, mask) for h, i in (dirty, clean))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert all(x.isfinite().all() for x in (*got[0], got[1]))
+
+
+@kinds
 @forward_mode
 @settings(max_examples=3)
 @given(source=sources(fills=("plain",), max_rows=1, max_time=4))

@@ -184,6 +184,14 @@ def test_one_aggregation_makes_weights_of_the_mask() -> None:
     assert all(a["x"] is b["x"] for a, b in zip(got, batches))
 
 
+def test_every_batch_gets_its_own_rows_of_the_weights() -> None:
+    masks = [torch.arange(3).expand(1, 2, 3)[..., : n + 1] <= n for n in range(3)]
+    got = weighted([{"mask": m} for m in masks], sequence_mean)
+    for n, b in enumerate(got):
+        assert b["weights"].shape == masks[n].shape
+        torch.testing.assert_close(b["weights"], torch.full((1, 2, n + 1), 1 / (6 * (n + 1)), dtype=torch.float64))
+
+
 def test_several_weights_on_several_masks() -> None:
     batch = {"mask": torch.tensor([[True, False]]), "demo_mask": torch.tensor([[True, True]])}
     (got,) = weighted(

@@ -47,7 +47,10 @@ def load(dataset: str | Path, *, split: str = "train") -> Dataset:
         raise ValueError(
             f"dataset={name!r} is neither a {', '.join(READERS)} file that exists, nor a hub id, nor 'builtin:reviews'"
         )
-    return load_dataset(name, split=split)
+    try:
+        return load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"dataset={name!r}, split={split!r} cannot be loaded: {error}") from error
 
 
 def text(dataset: _Source, tokenizer: Any, *, max_length: int, keep: str = "keep_end", split: str = "train") -> Dataset:

@@ -31,6 +31,8 @@ class Policy(nn.Module):
     looked up there, so `policy.generate`, `policy.config` and the Trainer's calls reach it.
     """
 
+    main_input_name = "ids"
+
     def __init__(self, lm: Any):
         super().__init__()
         self.lm = lm
@@ -53,6 +55,10 @@ class Policy(nn.Module):
             logits = self.lm(input_ids=rows, use_cache=False).logits[:, -rows.shape[-1] :]
             logps = token_logps(logits, rows, counts)
         return logps.reshape(ids.shape)
+
+    def floating_point_ops(self, inputs: dict[str, Any], exclude_embeddings: bool = True) -> int:
+        """6 operations per token and parameter: forward and backward, as the Trainer counts them."""
+        return 6 * inputs["ids"].numel() * self.lm.num_parameters(exclude_embeddings=exclude_embeddings)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -147,13 +153,16 @@ def _load(name: str, seed: int) -> tuple[Any, Any]:
     if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1 or name.startswith((".", "~", "runs/"))):
         raise ValueError(f"model={name!r} is neither a folder that exists, nor a hub id, nor 'builtin:tiny'")
     adapter = folder / "adapter_config.json"
-    if adapter.exists():
-        base, tokenizer = _load(json.loads(adapter.read_text())["base_model_name_or_path"], seed)
-        lm = PeftModel.from_pretrained(base, name).merge_and_unload().requires_grad_(True)
-    else:
-        lm = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    if not adapter.exists() or (folder / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(name)
+    try:
+        if adapter.exists():
+            base, tokenizer = _load(json.loads(adapter.read_text())["base_model_name_or_path"], seed)
+            lm = PeftModel.from_pretrained(base, name).merge_and_unload().requires_grad_(True)
+        else:
+            lm = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        if not adapter.exists() or (folder / "tokenizer_config.json").exists():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"model={name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     return lm, tokenizer
 
 

@@ -294,3 +294,29 @@ class TestErrors:
     def test_batch_and_micro(self, tmp_path):
         with pytest.raises(ValueError, match="batch=7 must be a positive multiple of micro=2"):
             args(tmp_path, micro=2, batch=7)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"neftune_noise_alpha": 5.0},
+        {"include_num_input_tokens_seen": "all"},
+        {"optim": "adafactor"},
+        {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1},
+        {"bf16_full_eval": True, "eval_strategy": "epoch"},
+        {"disable_tqdm": False, "logging_strategy": "epoch"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+@pytest.mark.parametrize("lora", [0, 2])
+def test_training_arguments_act(tmp_path, fields, lora):
+    policy, tok = hf.causal_lm("builtin:tiny", lora=lora)
+    fields = {"metric_for_best_model": "loss"} | fields
+    a = args(tmp_path, 3, lr=1e-3, **fields)
+    hf.fit(loss_fn, policy, make(), aggregate=token_mean, args=a, tokenizer=tok, eval_batches=make(2, seed=5))
+    last = logs(tmp_path)[-1]
+    assert last["total_flos"] > 0
+    assert last.get("num_input_tokens_seen", 180) == 180  # 6 rows of 6, 7, 8 and 9
+    assert ("eval_loss" in {name for x in logs(tmp_path) for name in x}) == ("eval_strategy" in fields)
+    assert bool(list(tmp_path.glob("checkpoint-*"))) == (fields.get("save_strategy") == "best")
