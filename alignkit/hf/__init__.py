@@ -1,7 +1,8 @@
 """The one floor that imports transformers, datasets, peft and accelerate: models, data, sampling, the training loop."""
 
 from alignkit.hf.builtin import reviews, sentiment
-from alignkit.hf.data import load, pairs, prompts, stream, text
+from alignkit.hf.data import pairs, prompts, stream, text
+from alignkit.hf.files import load
 from alignkit.hf.fit import arguments, fit
 from alignkit.hf.models import Policy, causal_lm, frozen, save
 from alignkit.hf.sampling import decode, sample

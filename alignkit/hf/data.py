@@ -12,45 +12,24 @@ tokenizer uses one; an end-of-sequence token stands at the end, once, and counts
 """
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from alignkit import data
-from alignkit.hf.builtin import load_reviews
+from alignkit.hf.files import load
 from alignkit.hf.models import process
 from alignkit.types import Batch, Rows
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TEXT_FORMATS = (("messages",), ("prompt", "completion"), ("text",))
 PAIR_FORMATS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 
 _Source = str | Path | Sequence[dict[str, Any]]
 _Row = tuple[list[int], list[bool]]
-
-
-def load(dataset: str | Path, *, split: str = "train") -> Dataset:
-    """The rows of a file, of a hub dataset or of `builtin:reviews`; a ValueError names the file and what is wrong."""
-    name, path = str(dataset), Path(dataset)
-    if name.startswith("builtin:"):
-        if name != "builtin:reviews":
-            raise ValueError(f"dataset={name!r} is unknown; the built-in dataset is 'builtin:reviews'")
-        return load_reviews(split)
-    if path.suffix in READERS:
-        return _load_file(path)
-    if path.exists() or name.count("/") != 1 or name.startswith("."):
-        raise ValueError(
-            f"dataset={name!r} is neither a {', '.join(READERS)} file that exists, nor a hub id, nor 'builtin:reviews'"
-        )
-    try:
-        return load_dataset(name, split=split)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"dataset={name!r}, split={split!r} cannot be loaded: {error}") from error
 
 
 def text(dataset: _Source, tokenizer: Any, *, max_length: int, keep: str = "keep_end", split: str = "train") -> Dataset:
@@ -277,29 +256,3 @@ def _check(tokenizer: Any, value: Any, where: str) -> Any:
     if not tokenizer.chat_template:
         raise ValueError(f"{where} is a conversation, but the tokenizer has no chat template: set its chat_template")
     return [{key: x for key, x in message.items() if x is not None} for message in value]
-
-
-def _load_file(path: Path) -> Dataset:
-    if not path.is_file():
-        raise ValueError(f"dataset={str(path)!r}: there is no such file")
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty")
-    try:
-        return load_dataset(READERS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:
-        what = _first_bad_line(path) or error.__cause__ or error
-        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {what}") from error
-
-
-def _first_bad_line(path: Path) -> str:
-    if path.suffix != ".jsonl":
-        return ""
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except json.JSONDecodeError as error:
-                return f"line {number} is not JSON ({error.msg} at column {error.colno}): {line.strip():.80}"
-            if not isinstance(row, dict):
-                return f"line {number} is not an object with named columns: {line.strip():.80}"
-    return ""

@@ -4,8 +4,6 @@ A micro-batch has `per_device_train_batch_size` rows, a step `gradient_accumulat
 Weights are computed on the masks of the whole step, so losses and metrics of the parts add up to those of the step.
 """
 
-import json
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -20,11 +18,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, has_length
 
+from alignkit.hf.callbacks import METRICS, Interrupt, Log, Print, Progress
 from alignkit.hf.models import Policy, process, without_bars
 from alignkit.train import add_metrics, check_columns, check_loss, split, weighted
 from alignkit.types import Aggregates, Batch, Metrics
 
-METRICS = "metrics.jsonl"
 Batches = Callable[[int], Iterator[Batch]] | Iterable[Batch]
 
 UNUSED = {
@@ -101,17 +99,17 @@ def fit(
         if getattr(args, name, None) not in (type(args).__dataclass_fields__[name].default, None):
             raise ValueError(f"the training argument {name} has no effect here: {why}")
     checkpoint = _checkpoint(args)
-    interrupt = _Interrupt()
+    interrupt = Interrupt()
     trainer = _Trainer(
         model=model,
         args=args,
         compute_loss_func=loss_fn,
         processing_class=tokenizer,
         eval_dataset=eval_batches,
-        callbacks=[_Log(resumed=checkpoint is not None), interrupt, *callbacks],
+        callbacks=[Log(resumed=checkpoint is not None), interrupt, *callbacks],
     )
     trainer.batches, trainer.aggregate = batches, aggregate
-    for shown, ours in ((ProgressCallback, _Progress), (PrinterCallback, _Print)):
+    for shown, ours in ((ProgressCallback, Progress), (PrinterCallback, Print)):
         if trainer.pop_callback(shown):
             trainer.add_callback(ours)
     with interrupt:
@@ -263,68 +261,3 @@ def _checkpoint(args: TrainingArguments) -> str | None:
             "choose another folder with --out, or delete it"
         )
     return None
-
-
-class _Log(TrainerCallback):
-    """Appends every log to `metrics.jsonl`; a resumed run first drops the lines after its checkpoint."""
-
-    def __init__(self, *, resumed: bool):
-        self.resumed = resumed
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        path = Path(args.output_dir) / METRICS
-        if state.is_world_process_zero and self.resumed and path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(x for x in lines if json.loads(x)["step"] <= state.global_step))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if state.is_world_process_zero:
-            with (Path(args.output_dir) / METRICS).open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-class _Progress(ProgressCallback):
-    """The Trainer's progress bar with the newest numbers on it, instead of printed between."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None:
-            self.training_bar.set_postfix_str(_line(logs))
-
-
-class _Print(TrainerCallback):
-    """One line for each log, where there is no terminal for a progress bar."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if state.is_world_process_zero and _line(logs):
-            print(f"step {state.global_step}/{state.max_steps}: {_line(logs)}", flush=True)
-
-
-def _line(logs: dict[str, float]) -> str:
-    hidden = ("epoch", "learning_rate", "grad_norm", "total_flos", "runtime", "_per_second", "train_loss")
-    return " ".join(f"{name}={x:.4g}" for name, x in logs.items() if not name.endswith(hidden))
-
-
-class _Interrupt(TrainerCallback):
-    """The first Ctrl-C ends the run after the step in progress, with a checkpoint; the second at once."""
-
-    asked = False
-
-    def __enter__(self) -> None:
-        try:
-            self.previous = signal.signal(signal.SIGINT, self._ask)
-        except ValueError:  # not in the main thread, where signals arrive
-            self.previous = None
-
-    def __exit__(self, *_: Any) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
-
-    def _ask(self, *_: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nStopping after this step; Ctrl-C again to stop at once.", file=sys.stderr)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.asked:
-            control.should_save = control.should_training_stop = True

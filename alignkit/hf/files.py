@@ -1,0 +1,55 @@
+"""Rows from files, from the hub, or built in."""
+
+import json
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+from alignkit.hf.builtin import load_reviews
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load(dataset: str | Path, *, split: str = "train") -> Dataset:
+    """The rows of a file, of a hub dataset or of `builtin:reviews`; a ValueError names the file and what is wrong."""
+    name, path = str(dataset), Path(dataset)
+    if name.startswith("builtin:"):
+        if name != "builtin:reviews":
+            raise ValueError(f"dataset={name!r} is unknown; the built-in dataset is 'builtin:reviews'")
+        return load_reviews(split)
+    if path.suffix in READERS:
+        return _load_file(path)
+    if path.exists() or name.count("/") != 1 or name.startswith("."):
+        raise ValueError(
+            f"dataset={name!r} is neither a {', '.join(READERS)} file that exists, nor a hub id, nor 'builtin:reviews'"
+        )
+    try:
+        return load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"dataset={name!r}, split={split!r} cannot be loaded: {error}") from error
+
+
+def _load_file(path: Path) -> Dataset:
+    if not path.is_file():
+        raise ValueError(f"dataset={str(path)!r}: there is no such file")
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty")
+    try:
+        return load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:
+        what = _first_bad_line(path) or error.__cause__ or error
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {what}") from error
+
+
+def _first_bad_line(path: Path) -> str:
+    if path.suffix != ".jsonl":
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except json.JSONDecodeError as error:
+                return f"line {number} is not JSON ({error.msg} at column {error.colno}): {line.strip():.80}"
+            if not isinstance(row, dict):
+                return f"line {number} is not an object with named columns: {line.strip():.80}"
+    return ""
