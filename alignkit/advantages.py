@@ -23,9 +23,8 @@ def gae(
     Returns are A_t + V_t. Schulman et al. 2016, arXiv:1506.02438 eq. 16. A doubling scan of log2(T) vector
     operations; `gamma` and `lam` may be tensors that broadcast against [..., T].
     """
-    rewards = torch.where(mask, promote(rewards), 0)
     values = torch.where(mask, promote(values), 0)
-    deltas = torch.where(mask, rewards + gamma * _next(values, mask) - values, 0)
+    deltas = torch.where(mask, promote(rewards) + gamma * _next(values, mask) - values, 0)
     advantages = torch.where(mask, _scan(deltas, _decay(deltas, mask, gamma * lam)), 0)
     return advantages, advantages + values
 

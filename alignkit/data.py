@@ -74,7 +74,7 @@ def truncate(
         start = head if keep == "keep_end" else prompt - cut
     kept = (mask[:start] + mask[start + cut :])[:max_length]
     ids = (ids[:start] + ids[start + cut :])[:max_length]
-    kept = [False, *kept[1:]]
+    kept[:1] = [False] * len(kept[:1])
     return Cut(ids, kept, sum(mask) - sum(kept))
 
 

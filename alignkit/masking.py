@@ -47,8 +47,9 @@ def masked_var(
     `correction` is 1 for the unbiased estimate (Bessel) and 0 for the population's. With n <= correction
     elements the deviations are 0, and so is the result.
     """
+    x = torch.where(mask, promote(x), 0)
     mean = masked_mean(x, mask, dim)
-    deviation = promote(x) - (mean if dim is None else mean.unsqueeze(dim))
+    deviation = x - (mean if dim is None else mean.unsqueeze(dim))
     return masked_sum(deviation**2, mask, dim) / (mask.sum(dim) - correction).clamp(min=1)
 
 
@@ -65,8 +66,9 @@ def whiten(
     `shift_mean=False` adds the mean back: the scale changes, the mean stays (used for rewards).
     The defaults are TRL's; peers differ in `correction` and `eps`.
     """
+    x = torch.where(mask, promote(x), 0)
     mean, var = masked_mean(x, mask), masked_var(x, mask, correction=correction)
-    white = (promote(x) - mean) * torch.rsqrt(var + eps)
+    white = (x - mean) * torch.rsqrt(var + eps)
     return torch.where(mask, white if shift_mean else white + mean, 0)
 
 

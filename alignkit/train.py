@@ -18,7 +18,7 @@ def split(batch: Batch, rows: int | None) -> Iterator[Batch]:
     if rows is not None and rows < 1:
         raise ValueError(f"rows={rows} must be at least 1, or None for the whole batch")
     step = rows or max(size, 1)
-    for i in range(0, size, step):
+    for i in range(0, max(size, 1), step):
         yield {name: column[i : i + step] for name, column in batch.items()}
 
 

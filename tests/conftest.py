@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+import tests.typecheck  # noqa: F401  (named in pyproject.toml)
+
 torch.set_num_threads(1)
 
 COMMON: Any = {

@@ -56,7 +56,13 @@ def test_split_refuses_what_it_cannot_split() -> None:
             next(split(BATCH, rows))
     with pytest.raises(ValueError, match=r"one number of rows, not \{'a': 2, 'b': 3\}"):
         next(split({"a": torch.ones(2), "b": torch.ones(3)}, 1))
-    assert list(split({"a": torch.ones(0)}, None)) == []
+
+
+def test_no_rows_are_one_empty_part() -> None:
+    for rows in (None, 2):
+        (part,) = split({"a": torch.ones(0)}, rows)
+        assert part["a"].shape == (0,)
+    assert infer(torch.exp, torch.ones(0, 3)).shape == (0, 3)
     assert list(split({"a": torch.ones(0)}, 2)) == []
 
 

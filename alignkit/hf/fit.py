@@ -43,8 +43,8 @@ def arguments(
 ) -> TrainingArguments:
     """`TrainingArguments` for steps of `batch` rows in micro-batches of `micro` on each process.
 
-    `fields` are any others by name, and win over the defaults chosen here. Raises ValueError if `batch` is not a
-    multiple of `micro` times the number of processes.
+    `fields` are any others by name, and win over the defaults chosen here. Raises ValueError if one of them is set by
+    an argument of this function, or if `batch` is not a multiple of `micro` times the number of processes.
     """
     world = process().num_processes
     if batch < 1 or micro < 1 or batch % (micro * world):
@@ -61,15 +61,17 @@ def arguments(
         "use_cpu": process().device.type == "cpu",
         "disable_tqdm": not sys.stderr.isatty(),
     }
-    return TrainingArguments(
-        output_dir=out,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=batch // (micro * world),
-        learning_rate=lr,
-        max_steps=steps,
-        seed=seed,
-        **(defaults | fields),
-    )
+    own = {
+        "output_dir": ("out", out),
+        "per_device_train_batch_size": ("micro", micro),
+        "gradient_accumulation_steps": ("batch and micro", batch // (micro * world)),
+        "learning_rate": ("lr", lr),
+        "max_steps": ("steps", steps),
+        "seed": ("seed", seed),
+    }
+    for name in own.keys() & fields.keys():
+        raise ValueError(f"{name} is set by {own[name][0]} here; leave it out")
+    return TrainingArguments(**{name: value for name, (_, value) in own.items()}, **(defaults | fields))
 
 
 def fit(
@@ -226,6 +228,8 @@ class _Steps(IterableDataset):
             yield {}  # the Trainer drops these to get to where it resumes
         for batch in _from(self.trainer.batches, start):
             (batch,) = weighted([batch], self.trainer.aggregate, self.trainer._gather)
+            if self.trainer.args.device.type == "mps":  # which has no float64
+                batch = {name: x.float() if x.dtype == torch.float64 else x for name, x in batch.items()}
             check_columns(self.trainer.compute_loss_func, batch)
             rows = len(next(iter(batch.values())))
             if rows != self.micro * self.parts:

@@ -11,7 +11,7 @@ def bradley_terry(
     chosen: Float[Tensor, "*batch"],
     rejected: Float[Tensor, "*batch"],
     *,
-    margin: float | Float[Tensor, "*batch"] = 0.0,
+    margin: float | Float[Tensor, "*batch"] | Float[Tensor, ""] = 0.0,
 ) -> Float[Tensor, "*batch"]:
     """-log sigmoid(r_w - r_l - margin).
 

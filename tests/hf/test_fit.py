@@ -291,6 +291,10 @@ class TestErrors:
         with pytest.raises(ValueError, match=f"training argument {next(iter(field))} has no effect here"):
             self.fit(folder, tmp_path, **field)
 
+    def test_a_field_with_a_name_of_its_own_here(self, tmp_path):
+        with pytest.raises(ValueError, match="learning_rate is set by lr here"):
+            args(tmp_path, learning_rate=1e-3)
+
     def test_batch_and_micro(self, tmp_path):
         with pytest.raises(ValueError, match="batch=7 must be a positive multiple of micro=2"):
             args(tmp_path, micro=2, batch=7)
