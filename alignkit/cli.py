@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -52,12 +52,11 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> Any:
         options |= _training_options(rest, [p.name for p in own]) if takes_training else _unknown(rest[0], own)
     try:
         return main(**options)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not frame.f_code.co_filename.startswith(str(Path(__file__).parent)):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        _fail(str(error))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,9 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for path in _recipes():
                 print(f"{path.stem:16}{_headline(path)}")
         elif args.command == "run":
-            path = _find(args.recipe)
-            sys.argv = [str(path), *args.options]
-            runpy.run_path(str(path), run_name="__main__")
+            recipe = _find(args.recipe)
         elif args.command == "new":
             _new(args.name, _find(args.source))
         else:
@@ -91,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             demo(Path(args.out), run=_call, seed=args.seed)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
+    if args.command == "run":
+        sys.argv = [str(recipe), *args.options]
+        runpy.run_path(str(recipe), run_name="__main__")
 
 
 def _recipes() -> list[Path]:
@@ -120,6 +120,8 @@ def _new(name: str, source: Path) -> None:
     target = Path(name if name.endswith(".py") else f"{name}.py")
     if target.exists():
         raise ValueError(f"{target} exists already; choose another name")
+    if not target.parent.is_dir():
+        raise ValueError(f"there is no folder {target.parent} to put {target.name} into")
     target.write_text(source.read_text())
     print(f"{target}: a copy of {source.stem}; run it with `python {target} --help`")
 
@@ -150,16 +152,21 @@ def _training_options(rest: list[str], own: list[str]) -> dict[str, Any]:
     """`--warmup-steps 50 ...` as fields of TrainingArguments; exits with a suggestion for an unknown option."""
     parser = _training_parser()
     known = {s for action in parser._actions for s in action.option_strings} | {f"--{n}" for n in own}
-    for word in rest:
+    for word, before in zip(rest, ["", *rest]):
         option = word.split("=")[0]
-        if option.startswith("--") and option not in known:
+        if option not in known and (option.startswith("--") or not before.startswith("--")):
             _unknown(option, [], sorted(known))
+    parser.error = _fail
     return vars(parser.parse_args(rest))
 
 
-def _unknown(option: str, own: Sequence[inspect.Parameter], known: Sequence[str] = ()) -> dict[str, Any]:
+def _unknown(option: str, own: Sequence[inspect.Parameter], known: Sequence[str] = ()) -> NoReturn:
     known = known or [f"--{p.name}" for p in own]
     close = difflib.get_close_matches(option.replace("_", "-"), [k.replace("_", "-") for k in known], n=1)
     hint = f"; did you mean {close[0]}?" if close else "; see --help"
-    print(f"error: unknown option {option}{hint}", file=sys.stderr)
+    _fail(f"unknown option {option}{hint}")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)

@@ -25,7 +25,7 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
 
 
 def pad(nested: Any) -> Tensor:
-    """Nested lists of numbers to a tensor, the innermost lists filled up on the right with 0 or False.
+    """Nested lists of numbers (or tensors) to a tensor, the innermost lists filled up on the right with 0 or False.
 
     Only the last axis may be ragged; anything else raises ValueError.
     """
@@ -35,7 +35,7 @@ def pad(nested: Any) -> Tensor:
     if not parts:
         return torch.zeros(0, dtype=torch.long)
     if parts[0].dim() == 0:
-        return torch.tensor(nested)
+        return torch.stack(parts) if isinstance(nested[0], Tensor) else torch.tensor(nested)
     if len({x.shape[:-1] for x in parts}) > 1:
         raise ValueError(f"only the last axis may be ragged, not {sorted({tuple(x.shape) for x in parts})}")
     time, dtype = max(x.shape[-1] for x in parts), next((x.dtype for x in parts if x.numel()), parts[0].dtype)
@@ -51,38 +51,45 @@ class Cut(NamedTuple):
 
 
 def truncate(
-    ids: list[int], mask: list[bool], *, max_length: int, keep: str, bos: int | None = None, overflow: int | None = None
+    ids: list[int],
+    mask: list[bool],
+    *,
+    max_length: int,
+    keep: str,
+    bos: int | None = None,
+    overflow: int | None = None,
+    text: bool = False,
 ) -> Cut:
     """Shorten a row: first its prompt (the tokens before the first True), then what remains, from its end.
 
     `keep="keep_end"` drops the prompt's first tokens (but not a `bos`), `"keep_start"` its last; one token of the
-    prompt always stays, as nothing predicts position 0. A row whose second token counts is text: `keep` says which of
-    its ends stays. `overflow` is by default what this row has too many; give both rows of a pair the same, so that
-    they lose the same tokens of their prompt.
+    prompt always stays, as nothing predicts position 0. Of a `text`, a row without a prompt, `keep` says which end
+    stays. `overflow` is by default what this row has too many; give both rows of a pair the same, so that they lose the
+    same tokens of their prompt.
     """
     if keep not in ("keep_end", "keep_start"):
         raise ValueError(f'keep={keep!r} must be "keep_end" or "keep_start"')
     if max_length < 2:
         raise ValueError(f"max_length={max_length} must be at least 2: one token to read and one to predict")
     head = int(ids[:1] == [bos])
-    prompt = mask.index(True) if True in mask else len(mask)
     cut = max(len(ids) - max_length, 0) if overflow is None else overflow
-    if prompt <= 1:
+    if text:
         start, cut = head, cut if keep == "keep_end" else 0
     else:
-        cut = min(cut, prompt - max(head, 1))
+        prompt = mask.index(True) if True in mask else len(mask)
+        cut = max(min(cut, prompt - max(head, 1)), 0)
         start = head if keep == "keep_end" else prompt - cut
     kept = (mask[:start] + mask[start + cut :])[:max_length]
     ids = (ids[:start] + ids[start + cut :])[:max_length]
     kept[:1] = [False] * len(kept[:1])
-    return Cut(ids, kept, sum(mask) - sum(kept))
+    return Cut(ids, kept, sum(mask[1:]) - sum(kept))
 
 
 def stream(rows: Rows, *, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
     """Batches of `batch` shuffled rows for ever, the first being that of step `start`.
 
     Epoch after epoch in a new order each, without a break at their ends, so every row is seen equally often. Batch
-    k depends on `seed` and k alone. With several processes each takes every `world`-th row of the batch.
+    k depends on `seed` and k alone. With several processes each takes its share of the batch, in order.
     """
     if not len(rows):
         raise ValueError("rows is empty: there is nothing to stream")
@@ -90,7 +97,8 @@ def stream(rows: Rows, *, batch: int, seed: int, start: int = 0, rank: int = 0, 
         raise ValueError(f"batch={batch} must be a positive multiple of the {world} processes")
     order, epoch = None, -1
     while True:
-        places = range(start * batch + rank, (start + 1) * batch, world)
+        share = batch // world
+        places = range(start * batch + rank * share, start * batch + (rank + 1) * share)
         picked = []
         for place in places:
             if order is None or place // len(rows) != epoch:
@@ -106,8 +114,8 @@ def add_columns(rows: Rows, fn: Callable[[Batch], Batch], *, batch: int) -> list
     out: list[dict[str, Any]] = []
     for i in range(0, len(rows), batch):
         part = [dict(rows[j]) for j in range(i, min(i + batch, len(rows)))]
-        batch_in = collate(part)
-        new = {name: column.tolist() for name, column in fn(batch_in).items() if name not in batch_in}
+        columns = collate(part)
+        new = {name: column.cpu() for name, column in fn(columns).items() if name not in columns}
         out += [row | {name: column[j] for name, column in new.items()} for j, row in enumerate(part)]
     return out
 

@@ -142,17 +142,27 @@ class _Chunked(torch.autograd.Function):
         *tensors, ctx.statistic, ctx.chunk = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
+        kind = output.device.type  # what is recomputed must be what was computed
+        ctx.autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)}
+        ctx.autocast["enabled"] = torch.is_autocast_enabled(kind)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, bias, targets = ctx.saved_tensors
-        d_rows, d_weight, d_bias = [], torch.zeros_like(weight), torch.zeros_like(bias)
-        for x, t, g in zip(*(a.split(ctx.chunk) for a in (rows, targets, grad))):
-            head = _at(ctx.statistic, t)
-            dx, dw, db = torch.func.vjp(head, x, weight, bias)[1](g)
-            d_rows.append(dx)
-            d_weight, d_bias = d_weight + dw, d_bias + db
-        return torch.cat(d_rows), d_weight, d_bias, None, None, None
+        wanted = [i for i in range(3) if ctx.needs_input_grad[i]]
+        d_rows: list[Tensor] = []
+        sums: dict[int, Tensor] = {}
+        for x, t, g in zip(rows.split(ctx.chunk), targets.split(ctx.chunk), grad.split(ctx.chunk)):
+            inputs = [x, weight, bias]
+            with torch.autocast(**ctx.autocast):
+                vjp = torch.func.vjp(_at(ctx.statistic, t, inputs, wanted), *(inputs[i] for i in wanted))[1]
+            for i, d in zip(wanted, vjp(g)):
+                if i == 0:
+                    d_rows.append(d)
+                else:
+                    sums[i] = sums[i] + promote(d) if i in sums else promote(d)
+        d_weight, d_bias = (sums[i].to(x.dtype) if i in sums else None for i, x in ((1, weight), (2, bias)))
+        return torch.cat(d_rows) if d_rows else None, d_weight, d_bias, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -163,10 +173,17 @@ class _Chunked(torch.autograd.Function):
         out = []
         for x, t, dx in zip(rows.split(ctx.chunk), targets.split(ctx.chunk), d_rows.split(ctx.chunk)):
             # forward-mode AD does not nest, so transpose the (linear) vjp instead
-            value, vjp = torch.func.vjp(_at(ctx.statistic, t), x, weight, bias)[:2]
+            inputs = [x, weight, bias]
+            value, vjp = torch.func.vjp(_at(ctx.statistic, t, inputs, [0, 1, 2]), *inputs)[:2]
             out.append(torch.func.vjp(vjp, torch.zeros_like(value))[1]((dx, d_weight, d_bias))[0])
         return torch.cat(out)
 
 
-def _at(statistic: _Statistic, targets: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return lambda rows, weight, bias: statistic(promote(linear(rows, weight, bias)), targets)
+def _at(statistic: _Statistic, targets: Tensor, inputs: list[Tensor], places: list[int]) -> Callable[..., Tensor]:
+    """statistic(rows @ weight.T + bias, targets) as a function of those `inputs` that stand at `places`."""
+
+    def head(*values: Tensor) -> Tensor:
+        rows, weight, bias = (dict(zip(places, values)).get(i, x) for i, x in enumerate(inputs))
+        return statistic(promote(linear(rows, weight, bias)), targets)
+
+    return head

@@ -32,6 +32,7 @@ def main(
     out: str = "runs/dpo",
     **training,
 ):
+    args = hf.arguments(out, batch=batch, micro=micro, lr=lr, steps=steps, seed=seed, **training)
     policy, tok = hf.causal_lm(model, dtype=dtype, lora=lora, seed=seed)
     ref = policy if precompute else hf.frozen(policy)
     rows = hf.pairs(dataset, tok, max_length=max_length, keep=keep)  # ids, mask [2, T]: chosen, rejected
@@ -51,7 +52,6 @@ def main(
         losses = LOSSES[loss](margin, beta=beta)  # [B]
         return weigh(losses, weights), {"accuracy": weigh(margin > 0, weights), "margin": weigh(margin, weights)}
 
-    args = hf.arguments(out, batch=batch, micro=micro, lr=lr, steps=steps, seed=seed, **training)
     hf.fit(loss_fn, policy, batches, aggregate=row_mean, args=args, tokenizer=tok)
     hf.save(policy, tok, out)
 

@@ -28,6 +28,7 @@ def main(
     out: str = "runs/sft",
     **training,
 ):
+    args = hf.arguments(out, batch=batch, micro=micro, lr=lr, steps=steps, seed=seed, **training)
     policy, tok = hf.causal_lm(model, dtype=dtype, lora=lora, seed=seed)
     rows = hf.text(dataset, tok, max_length=max_length, keep=keep)  # ids, mask [T]
 
@@ -37,7 +38,6 @@ def main(
     def loss_fn(policy, ids, mask, weights):
         return weigh(nll(policy(ids, mask)), weights), {}
 
-    args = hf.arguments(out, batch=batch, micro=micro, lr=lr, steps=steps, seed=seed, **training)
     hf.fit(loss_fn, policy, batches, aggregate=AGGREGATES[aggregate], args=args, tokenizer=tok)
     hf.save(policy, tok, out)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +37,7 @@ def public(module):
 
 def first_sentence(x):
     text = " ".join(inspect.getdoc(x).split("\n\n")[0].split())
-    return text.split(". ")[0].rstrip(".")
+    return re.split(r"(?<!e\.g)(?<!Dr)(?<! al)\. (?=[A-Z`(])", text)[0].rstrip(".")
 
 
 def index():

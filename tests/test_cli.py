@@ -94,7 +94,11 @@ def test_new_copies_and_never_overwrites(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cli.main(["new", "mine", "--from", "dpo"])
     assert Path("mine.py").read_text() == cli._find("dpo").read_text()
-    for argv, message in ((["new", "mine", "--from", "dpo"], "exists already"), (["new", "x", "--from", "y"], "'y'")):
+    for argv, message in (
+        (["new", "mine", "--from", "dpo"], "exists already"),
+        (["new", "x", "--from", "y"], "'y'"),
+        (["new", "a/b", "--from", "dpo"], "no folder a"),
+    ):
         with pytest.raises(SystemExit) as stop:
             cli.main(argv)
         assert stop.value.code == 2
@@ -102,6 +106,10 @@ def test_new_copies_and_never_overwrites(tmp_path, monkeypatch, capsys):
 
 
 def test_run_runs_a_recipe_by_name_and_by_path(tmp_path):
+    bug = tmp_path / "bug.py"
+    bug.write_text("int('x')")
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["run", str(bug)])
     path = tmp_path / "mine.py"
     path.write_text('from alignkit import cli\n\n\ndef main(n: int = 1):\n    print("n is", n)\n\n\ncli.run(main)\n')
     command = [sys.executable, "-c", "from alignkit.cli import main; main()"]

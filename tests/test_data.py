@@ -104,7 +104,11 @@ def test_the_prompt_goes_first_then_the_end(
     ],
 )
 def test_text_loses_one_of_its_ends(keep: str, bos: int | None, ids: list[int], mask: list[bool], lost: int) -> None:
-    assert truncate([1, 2, 3, 4, 5], [False] + [True] * 4, max_length=3, keep=keep, bos=bos) == (ids, mask, lost)
+    assert truncate([1, 2, 3, 4, 5], [False] + [True] * 4, max_length=3, keep=keep, bos=bos, text=True) == (
+        ids,
+        mask,
+        lost,
+    )
 
 
 @pytest.mark.parametrize(("keep", "ids"), [("keep_end", [2, 20, 21]), ("keep_start", [1, 20, 21])])
@@ -113,10 +117,17 @@ def test_a_prompt_of_two_tokens_keeps_one(keep: str, ids: list[int]) -> None:
     assert cut == (ids, [False, True, True], 1)
 
 
-def test_a_text_whose_first_token_counts_is_text_too() -> None:
-    cut = truncate([1, 2, 3, 4], [True] * 4, max_length=3, keep="keep_end")
+def test_a_text_whose_first_token_counts() -> None:
+    cut = truncate([1, 2, 3, 4], [True] * 4, max_length=3, keep="keep_end", text=True)
     assert (cut.ids, cut.mask) == ([2, 3, 4], [False, True, True])
-    assert cut.lost == 2
+    assert cut.lost == 1  # nothing predicts position 0, so it is no loss
+
+
+@pytest.mark.parametrize("keep", ["keep_end", "keep_start"])
+@pytest.mark.parametrize("prompt", [0, 1])
+def test_an_answer_to_a_short_prompt_or_none_loses_its_end(prompt: int, keep: str) -> None:
+    mask = [False] * prompt + [True] * (5 - prompt)
+    assert truncate([1, 2, 3, 4, 5], mask, max_length=3, keep=keep).ids == [1, 2, 3]
 
 
 def test_a_row_without_answer_is_all_prompt() -> None:
@@ -199,7 +210,7 @@ def test_processes_share_the_rows_of_one(seed: int, world: int, each: int, start
     parts = [seen(4, batch=batch, seed=seed, start=start, rank=rank, world=world) for rank in range(world)]
     for step, rows in enumerate(whole):
         for rank in range(world):
-            assert parts[rank][step] == rows[rank::world]
+            assert parts[rank][step] == rows[rank * each : (rank + 1) * each]
 
 
 def test_seeds_and_epochs_differ() -> None:
@@ -247,7 +258,9 @@ def test_columns_are_added_batch_by_batch(batch: int) -> None:
 
     got = add_columns(rows, fn, batch=batch)
     assert [r["n"] for r in got] == [3, 1, 4, 2, 1]
-    assert [r["both"] for r in got] == [[3, 3], [0, 0], [6, 6], [1, 1], [0, 0]]
+    assert [r["both"].tolist() for r in got] == [[3, 3], [0, 0], [6, 6], [1, 1], [0, 0]]
+    doubles = add_columns(rows, lambda columns: {"x": columns["ids"].sum(-1).double() / 3}, batch=batch)
+    assert collate(doubles)["x"].dtype == torch.float64
     assert [r["ids"] for r in got] == [r["ids"] for r in rows]
     assert "n" not in rows[0]
     assert sizes == [batch] * (5 // batch) + [5 % batch] * (5 % batch > 0)

@@ -278,3 +278,38 @@ def test_nothing_to_count(kind: str) -> None:
     out = head(kind, hidden, weight, bias, ids, torch.zeros(2, 3, dtype=torch.bool), 2)
     assert out.tolist() == [[0] * 3] * 2
     assert not torch.autograd.grad(out.sum(), weight)[0].any()
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_head_computes_backward_as_forward_under_autocast(half: bool) -> None:
+    torch.manual_seed(0)
+    ids, mask = torch.randint(0, 11, (3, 6)), torch.rand(3, 6) > 0.3
+    hidden, weight = torch.randn(3, 6, 8), torch.randn(11, 8)
+    grads = []
+    for chunked in (False, True):
+        h = (hidden.bfloat16() if half else hidden).clone().requires_grad_()
+        w = weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if chunked:
+                out = head_logps(h, w, ids, mask, chunk=4)
+            else:
+                out = token_logps(torch.nn.functional.linear(h, w), ids, mask)
+        out.sum().backward()
+        grads.append((out, h.grad, w.grad))
+    (a, dh, dw), (b, eh, ew) = grads
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    torch.testing.assert_close(dh, eh, atol=1e-2, rtol=2e-2)
+    torch.testing.assert_close(dw, ew, atol=3e-2, rtol=2e-2)
+    assert (dh.dtype, dw.dtype) == (eh.dtype, ew.dtype)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden, weight = torch.randn(2, 5, 4, requires_grad=True), torch.randn(7, 4)
+    ids, mask = torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.bool)
+    head_logps(hidden, weight, ids, mask, chunk=3).sum().backward()
+    assert weight.grad is None
+    assert hidden.grad[:, :-1].abs().sum() > 0
+    hidden, weight = hidden.detach(), weight.requires_grad_()
+    head_logps(hidden, weight, ids, mask, chunk=3).sum().backward()
+    assert hidden.grad is None
+    assert weight.grad.abs().sum() > 0

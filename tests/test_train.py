@@ -63,7 +63,6 @@ def test_no_rows_are_one_empty_part() -> None:
         (part,) = split({"a": torch.ones(0)}, rows)
         assert part["a"].shape == (0,)
     assert infer(torch.exp, torch.ones(0, 3)).shape == (0, 3)
-    assert list(split({"a": torch.ones(0)}, 2)) == []
 
 
 def test_every_epoch_of_minibatches_has_every_row_once_in_a_new_order() -> None:

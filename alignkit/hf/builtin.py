@@ -80,8 +80,15 @@ def load_reviews(split: str) -> Dataset:
     return Dataset.from_list(reviews(n, seed=seed))
 
 
-def tiny(seed: int = 0) -> tuple[LlamaForCausalLM, Any]:
-    """`builtin:tiny`: a randomly initialised Llama of 0.8 M parameters, and a byte-level BPE of 512 tokens."""
+def tiny(name: str = "builtin:tiny", dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[LlamaForCausalLM, Any]:
+    """`builtin:tiny`: a randomly initialised Llama of 0.8 M parameters, and a byte-level BPE of 512 tokens.
+
+    `builtin:tiny#3` is the one of seed 3 whatever `seed` says, so that an adapter finds its base again.
+    """
+    name, _, own_seed = name.partition("#")
+    if name != "builtin:tiny":
+        raise ValueError(f"model={name!r} is unknown; the built-in model is 'builtin:tiny'")
+    seed = int(own_seed or seed)
     tokenizer = _tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -94,11 +101,14 @@ def tiny(seed: int = 0) -> tuple[LlamaForCausalLM, Any]:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        name_or_path="builtin:tiny",
+        name_or_path=f"builtin:tiny#{seed}",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config), tokenizer
+        model = LlamaForCausalLM(config)
+    for parameter in model.parameters():  # not the buffers: positions stay exact
+        parameter.data = parameter.data.to(dtype)
+    return model, tokenizer
 
 
 @cache

@@ -5,7 +5,8 @@ A dataset is a hub id, a .jsonl, .json, .parquet or .csv file, or `builtin:revie
     text         a string, or a list of messages
     messages     [{"role": ..., "content": ...}, ...]; the assistant's turns count
     prompt, completion         strings or lists of messages; the completion counts
-    prompt, chosen, rejected   strings or lists of messages; without a prompt it is what both answers begin with
+    prompt, chosen, rejected   strings or lists of messages; answers that both begin with the prompt lose it, and
+                               without a prompt it is what both begin with
 
 Messages go through the tokenizer's chat template. A beginning-of-sequence token stands at the front, once, if the
 tokenizer uses one; an end-of-sequence token stands at the end, once, and counts.
@@ -15,7 +16,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from datasets import Dataset
@@ -29,7 +30,13 @@ TEXT_FORMATS = (("messages",), ("prompt", "completion"), ("text",))
 PAIR_FORMATS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 
 _Source = str | Path | Sequence[dict[str, Any]]
-_Row = tuple[list[int], list[bool]]
+
+
+class _Row(NamedTuple):
+    ids: list[int]
+    mask: list[bool]
+    rewritten: int = 0
+    text: bool = False
 
 
 def text(dataset: _Source, tokenizer: Any, *, max_length: int, keep: str = "keep_end", split: str = "train") -> Dataset:
@@ -37,7 +44,7 @@ def text(dataset: _Source, tokenizer: Any, *, max_length: int, keep: str = "keep
 
     def rows(row: Mapping[str, Any], names: Sequence[str]) -> list[_Row]:
         if names == ("text",) and isinstance(row["text"], str):
-            return [_finish(tokenizer, encode(tokenizer, row["text"]), start=0)]
+            return [_finish(tokenizer, encode(tokenizer, row["text"]), start=0)._replace(text=True)]
         if names == ("prompt", "completion"):
             return [_answer(tokenizer, row["prompt"], row["completion"])]
         return [_conversation(tokenizer, row[names[0]])]
@@ -57,8 +64,10 @@ def pairs(
     def rows(row: Mapping[str, Any], names: Sequence[str]) -> list[_Row]:
         prompt, chosen, rejected = _explicit(row.get("prompt"), row["chosen"], row["rejected"])
         both = [_answer(tokenizer, prompt, answer) for answer in (chosen, rejected)]
-        start = min(mask.index(True) for _, mask in both)
-        return [(ids, [t >= start and (m or True not in mask[:t]) for t, m in enumerate(mask)]) for ids, mask in both]
+        start = min(answer.mask.index(True) for answer in both)
+        return [
+            x._replace(mask=[t >= start and (m or True not in x.mask[:t]) for t, m in enumerate(x.mask)]) for x in both
+        ]
 
     return _tokenize(dataset, split, tokenizer, rows, PAIR_FORMATS, max_length, keep)
 
@@ -94,31 +103,35 @@ def _answer(tokenizer: Any, prompt: Any, answer: Any) -> _Row:
 
 
 def _conversation(tokenizer: Any, messages: list[dict[str, str]], first: int = 0) -> _Row:
-    """The whole conversation; the assistant's turns from message `first` on count."""
+    """The whole conversation; the assistant's turns from message `first` on count.
+
+    Some templates write a turn differently once another follows (Qwen 3 drops its thoughts): such turns do not count,
+    as the model will never see them begin like this.
+    """
     whole = _render(tokenizer, messages, False)
     ids = _with_bos(tokenizer, _ids(tokenizer, whole))
-    mask = [False] * len(ids)
-    for i, message in enumerate(messages):
-        if i < first or message["role"] != "assistant":
-            continue
-        before, after = _render(tokenizer, messages[:i], True), _render(tokenizer, messages[: i + 1], False)
+    mask, rewritten = [False] * len(ids), 0
+    turns = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
+    if not turns:
+        raise ValueError("the conversation has no turn of the assistant to learn from")
+    for i in turns:
+        before = _render(tokenizer, messages[:i], True) if i else whole[: whole.index(messages[0]["content"])]
+        after = _render(tokenizer, messages[: i + 1], False)
         if not whole.startswith(before) or not whole.startswith(after):
-            raise ValueError(
-                "the chat template writes earlier turns differently once later ones follow, so the tokens of turn "
-                f"{i} cannot be told apart; train on prompt/completion rows with one answer each instead"
-            )
+            rewritten += 1
+            continue
         start, end = (_shared(_with_bos(tokenizer, _ids(tokenizer, x)), ids) for x in (before, after))
         mask[start:end] = [True] * (end - start)
         eos = [t for t in range(start, end) if ids[t] == tokenizer.eos_token_id]
         if eos:  # what a template writes after it, such as a newline, is not the answer's
             mask[eos[-1] + 1 : end] = [False] * (end - eos[-1] - 1)
     if True not in mask:
-        raise ValueError("the conversation has no turn of the assistant to learn from")
+        raise ValueError("the chat template writes the conversation differently once its last turn is there")
     last = len(mask) - mask[::-1].index(True)
     ids, mask = ids[:last], mask[:last]
     if ids[-1] != tokenizer.eos_token_id:
         ids, mask = [*ids, tokenizer.eos_token_id], [*mask, True]
-    return ids, mask
+    return _Row(ids, mask, rewritten)
 
 
 def _finish(tokenizer: Any, ids: list[int], *, start: int) -> _Row:
@@ -126,24 +139,29 @@ def _finish(tokenizer: Any, ids: list[int], *, start: int) -> _Row:
     if ids[-1:] != [tokenizer.eos_token_id] or len(ids) <= start:
         ids = [*ids, tokenizer.eos_token_id]
     start = max(start, len(_with_bos(tokenizer, [])))
-    return ids, [t >= start for t in range(len(ids))]
+    return _Row(ids, [t >= start for t in range(len(ids))])
 
 
 def _explicit(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """(prompt, chosen, rejected), the prompt taken out of the answers where they contain it."""
+    """(prompt, chosen, rejected), the prompt taken out of the answers where they begin with it."""
     if type(chosen) is not type(rejected):
         raise ValueError(f"chosen is a {type(chosen).__name__}, rejected a {type(rejected).__name__}")
     n = _shared(chosen, rejected)
     if isinstance(chosen, str):
         if prompt is not None:
-            return prompt, chosen, rejected
+            repeated = isinstance(prompt, str) and chosen.startswith(prompt) and rejected.startswith(prompt)
+            n = len(prompt) if repeated else 0
+            return prompt, chosen[n:], rejected[n:]
         n = next((i for i in range(n, 0, -1) if chosen[i - 1].isspace()), 0)  # not in the middle of a word
         n = len(chosen[:n].rstrip(" "))  # a space belongs to the word after it
-    elif prompt is not None and chosen[0]["role"] == "assistant":
+        return chosen[:n], chosen[n:], rejected[n:]
+    if prompt is not None and chosen[0]["role"] == "assistant":
         return prompt, chosen, rejected
-    elif not n:
+    n = min(n, len(chosen) - 1, len(rejected) - 1)  # the answers are not empty
+    if not n:
         raise ValueError("chosen and rejected do not begin with the same messages, so there is no prompt")
-    return chosen[:n], chosen[n:], rejected[n:]
+    first = prompt if isinstance(prompt, list) and chosen[: len(prompt)] != prompt else []  # e.g. a system prompt
+    return [*first, *chosen[:n]], chosen[n:], rejected[n:]
 
 
 def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -188,22 +206,23 @@ def _tokenize(
 
     def convert(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         where = f"{name}, row {index + 1}"
-        values = {column: _check(tokenizer, row[column], f"{where}: {column!r}") for column in names}
+        values = {x: _check(tokenizer, row[x], f"{where}: {x!r}", string=x != "messages") for x in names}
         try:
             full = to_rows(values, names)
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # a chat template may raise anything
             raise ValueError(f"{where}: {error}") from error
-        overflow = max(0, *(len(ids) - max_length for ids, _ in full))
-        bos = tokenizer.bos_token_id
-        cut = [data.truncate(*x, max_length=max_length, keep=keep, bos=bos, overflow=overflow) for x in full]
+        overflow = max(0, *(len(x.ids) - max_length for x in full))
+        limits = {"max_length": max_length, "keep": keep, "bos": tokenizer.bos_token_id, "overflow": overflow}
+        cut = [data.truncate(x.ids, x.mask, **limits, text=x.text) for x in full]
         ids, mask = [x.ids for x in cut], [x.mask for x in cut]
         return {
             "ids": ids if formats is PAIR_FORMATS else ids[0],
             "mask": mask if formats is PAIR_FORMATS else mask[0],
             "cut": overflow > 0,
-            "short": sum(x.lost > 0 for x in cut) > 0,
+            "short": any(x.lost > 0 for x in cut),
+            "rewritten": sum(x.rewritten for x in full),
             "usable": all(any(m) for m in mask),
-            "tokens": max(len(ids) for ids, _ in full),
+            "tokens": max(len(x.ids) for x in full),
         }
 
     if not sys.stderr.isatty():
@@ -216,17 +235,19 @@ def _tokenize(
             desc=f"tokenizing {name}",
             new_fingerprint=_fingerprint(table, tokenizer, names, max_length, keep),
         )
-    return _report(rows, name, max_length, keep)
+    unused = [] if name.startswith("builtin:") else [x for x in table.column_names if x not in names]
+    return _report(rows, name, max_length, keep, unused)
 
 
 def _fingerprint(table: Dataset, tokenizer: Any, *options: Any) -> str:
     """A key for the cache of datasets; its own would pickle everything that the conversion can reach."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [table._fingerprint, repr(tokenizer), backend and backend.to_str(), tokenizer.chat_template, *options]
-    return hashlib.sha256((repr(parts) + Path(__file__).read_text()).encode()).hexdigest()[:32]
+    code = [Path(x.__file__).read_text() for x in (data, sys.modules[__name__])]
+    return hashlib.sha256(repr([*parts, *code]).encode()).hexdigest()[:32]
 
 
-def _report(rows: Dataset, name: str, max_length: int, keep: str) -> Dataset:
+def _report(rows: Dataset, name: str, max_length: int, keep: str, unused: Sequence[str]) -> Dataset:
     """Print what was cut and dropped; refuse a dataset of which nothing fits."""
     total, cut, short = len(rows), sum(rows["cut"]), sum(rows["short"])
     if cut == total:
@@ -238,6 +259,10 @@ def _report(rows: Dataset, name: str, max_length: int, keep: str) -> Dataset:
     notes = [f"{total:,} rows"]
     if cut:
         notes.append(f"{cut:,} cut to {max_length} tokens ({keep}), {short:,} of them lost tokens that count")
+    if sum(rows["rewritten"]):
+        notes.append(f"{sum(rows['rewritten']):,} turns do not count, as the chat template rewrites them")
+    if unused:
+        notes.append(f"columns not used: {', '.join(unused)}")
     if len(kept) < total:
         notes.append(f"{total - len(kept):,} dropped, as no token of them counts")
     if process().is_main_process:
@@ -247,12 +272,16 @@ def _report(rows: Dataset, name: str, max_length: int, keep: str) -> Dataset:
     return kept.select_columns(["ids", "mask"])
 
 
-def _check(tokenizer: Any, value: Any, where: str) -> Any:
-    """A string, or a list of messages; ValueError otherwise."""
-    if isinstance(value, str):
+def _check(tokenizer: Any, value: Any, where: str, *, string: bool) -> Any:
+    """A string if it may be one, or a list of messages; ValueError otherwise."""
+    if string and isinstance(value, str):
         return value
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
-        raise ValueError(f"{where} is {value!r:.80}, but must be a string or a list of messages with role and content")
+    messages = isinstance(value, list) and bool(value) and all(isinstance(m, dict) and m.get("role") for m in value)
+    if not messages:
+        kinds = "a string or a list of messages" if string else "a list of messages"
+        raise ValueError(f"{where} is {value!r:.80}, but must be {kinds} with role and content")
+    if not all(isinstance(m.get("content"), str) for m in value):
+        raise ValueError(f"{where} has a message whose content is not a string: {value!r:.120}")
     if not tokenizer.chat_template:
         raise ValueError(f"{where} is a conversation, but the tokenizer has no chat template: set its chat_template")
     return [{key: x for key, x in message.items() if x is not None} for message in value]

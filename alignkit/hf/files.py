@@ -11,7 +11,10 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 
 
 def load(dataset: str | Path, *, split: str = "train") -> Dataset:
-    """The rows of a file, of a hub dataset or of `builtin:reviews`; a ValueError names the file and what is wrong."""
+    """The rows of a file, of a hub dataset (`name` or `name:split`) or of `builtin:reviews`.
+
+    A ValueError names the file and what is wrong with it.
+    """
     name, path = str(dataset), Path(dataset)
     if name.startswith("builtin:"):
         if name != "builtin:reviews":
@@ -19,14 +22,15 @@ def load(dataset: str | Path, *, split: str = "train") -> Dataset:
         return load_reviews(split)
     if path.suffix in READERS:
         return _load_file(path)
-    if path.exists() or name.count("/") != 1 or name.startswith("."):
+    if path.exists() or name.count("/") > 1 or name.startswith((".", "~")):
         raise ValueError(
             f"dataset={name!r} is neither a {', '.join(READERS)} file that exists, nor a hub id, nor 'builtin:reviews'"
         )
+    name, _, own_split = name.partition(":")
     try:
-        return load_dataset(name, split=split)
+        return load_dataset(name, split=own_split or split)
     except (OSError, ValueError) as error:
-        raise ValueError(f"dataset={name!r}, split={split!r} cannot be loaded: {error}") from error
+        raise ValueError(f"dataset={name!r} is no file, nor a hub id within reach: {error}") from error
 
 
 def _load_file(path: Path) -> Dataset:
@@ -35,10 +39,14 @@ def _load_file(path: Path) -> Dataset:
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty")
     try:
-        return load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+        options = {"keep_default_na": False} if path.suffix == ".csv" else {}
+        table = load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)
     except Exception as error:
         what = _first_bad_line(path) or error.__cause__ or error
         raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {what}") from error
+    if "__index_level_0__" in table.column_names:
+        raise ValueError(f"{path}: a row has more fields than the header; put quotes around fields with commas")
+    return table
 
 
 def _first_bad_line(path: Path) -> str:

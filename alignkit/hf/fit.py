@@ -34,6 +34,11 @@ UNUSED = {
     "dataloader_prefetch_factor": "the stream of batches loads its own rows",
     "dataloader_persistent_workers": "the stream of batches loads its own rows",
     "dataloader_drop_last": "the stream of batches decides what is in a batch",
+    "data_seed": "the stream of batches has a seed of its own",
+    "eval_accumulation_steps": "evaluation keeps no predictions",
+    "bf16_full_eval": "evaluation runs in the precision of training",
+    "fp16_full_eval": "evaluation runs in the precision of training",
+    "average_tokens_across_devices": "weights are always those of the whole step on all processes",
 }
 """Training arguments that could not act here, and what to do instead."""
 
@@ -51,7 +56,7 @@ def arguments(
         raise ValueError(f"batch={batch} must be a positive multiple of micro={micro} times {world} processes")
     defaults = {
         "report_to": "none",
-        "logging_steps": 10,
+        "logging_steps": min(10, steps),
         "logging_nan_inf_filter": False,
         "save_steps": max(steps // 4, 1),
         "lr_scheduler_type": "linear",
@@ -71,7 +76,9 @@ def arguments(
     }
     for name in own.keys() & fields.keys():
         raise ValueError(f"{name} is set by {own[name][0]} here; leave it out")
-    return TrainingArguments(**{name: value for name, (_, value) in own.items()}, **(defaults | fields))
+    args = TrainingArguments(**{name: value for name, (_, value) in own.items()}, **(defaults | fields))
+    _checkpoint(args)  # refuse a folder before anything is loaded
+    return args
 
 
 def fit(
@@ -90,8 +97,8 @@ def fit(
     `loss_fn(model, **columns) -> (scalar, metrics)` gets each batch's columns and those made by `aggregate`; see
     `train.update`, whose step this is. `batches(step)` returns an iterator that begins with the batch of that step,
     with this process's rows; or it is an iterable, which a resumed run skips forward. Batches are pulled one step at a
-    time, after the step before, so a stream may sample from the model. `eval_batches` is finite, and evaluated as one
-    batch.
+    time, after the step before and under the same mixed precision, so a stream may sample from the model; it draws
+    random numbers from generators of its own. `eval_batches` is finite, and evaluated as one batch.
 
     Every log goes to `metrics.jsonl` in `args.output_dir` and to the trackers in `args.report_to`. Ctrl-C saves a
     checkpoint after the step in progress and exits with status 130; `args.resume_from_checkpoint`, a folder or "last",
@@ -100,6 +107,12 @@ def fit(
     for name, why in UNUSED.items():
         if getattr(args, name, None) not in (type(args).__dataclass_fields__[name].default, None):
             raise ValueError(f"the training argument {name} has no effect here: {why}")
+    if args.max_steps > 0 and args.num_train_epochs != type(args).__dataclass_fields__["num_train_epochs"].default:
+        raise ValueError(f"num_train_epochs has no effect beside max_steps={args.max_steps}; give the number of steps")
+    if args.eval_strategy != "no" and eval_batches is None:
+        raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs eval_batches, and fit was given none")
+    args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; more are for `accelerate launch`
+    use_cache = getattr(getattr(model, "config", None), "use_cache", None)
     checkpoint = _checkpoint(args)
     interrupt = Interrupt()
     trainer = _Trainer(
@@ -111,12 +124,14 @@ def fit(
         callbacks=[Log(resumed=checkpoint is not None), interrupt, *callbacks],
     )
     trainer.batches, trainer.aggregate = batches, aggregate
+    if use_cache is not None:
+        model.config.use_cache = use_cache  # the Trainer turns it off, and would save it so
     for shown, ours in ((ProgressCallback, Progress), (PrinterCallback, Print)):
         if trainer.pop_callback(shown):
             trainer.add_callback(ours)
     with interrupt:
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    if interrupt.asked:
+    if interrupt.asked and trainer.state.global_step < trainer.state.max_steps:
         saved = get_last_checkpoint(args.output_dir)
         if process().is_main_process:
             print(
@@ -143,7 +158,7 @@ class _Trainer(Trainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         loss, metrics = check_loss(self.compute_loss_func(model, **inputs))
-        add_metrics(self.__dict__.setdefault("_metrics", {}), {"loss": loss, **metrics})
+        add_metrics(self.__dict__.setdefault("_metrics", {}), {**metrics, "loss": loss})
         return loss * self.accelerator.num_processes  # undoes the average of gradients over processes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -168,12 +183,14 @@ class _Trainer(Trainer):
         if not self.accelerator._models:  # evaluated without being trained
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
+        if callable(getattr(self.optimizer, "eval", None)):  # schedule-free optimizers
+            self.optimizer.eval()
         totals: Metrics = {}
         with torch.no_grad():
             for batch in weighted(dataloader, self.aggregate, self._gather):
                 for part in split(batch, self.args.per_device_eval_batch_size):
                     loss, metrics = check_loss(self.compute_loss_func(model, **self._prepare_inputs(part)))
-                    add_metrics(totals, {"loss": loss, **metrics})
+                    add_metrics(totals, {**metrics, "loss": loss})
         totals = self.accelerator.reduce(totals, "sum")
         return EvalLoopOutput(
             predictions=None,
@@ -181,6 +198,10 @@ class _Trainer(Trainer):
             metrics={f"{metric_key_prefix}_{name}": value.item() for name, value in totals.items()},
             num_samples=sum(len(next(iter(batch.values()))) for batch in dataloader),
         )
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        # DeepSpeed's casts, which the Trainer's own does, would round weights and log-probs to half precision
+        return {name: x.to(self.args.device) for name, x in inputs.items()}
 
     def _gather(self, mask: Tensor) -> tuple[list[Tensor], int]:
         if self.accelerator.num_processes == 1:
@@ -222,11 +243,18 @@ class _Steps(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         start = self.trainer.state.global_step
+        if start >= self.trainer.state.max_steps:
+            return  # a finished run, resumed
         if has_length(self):
             start %= len(self.trainer.batches)
         for _ in range(0 if self.trainer.args.ignore_data_skip else start * self.parts):
             yield {}  # the Trainer drops these to get to where it resumes
-        for batch in _from(self.trainer.batches, start):
+        stream = _from(self.trainer.batches, start)
+        while True:
+            with self.trainer.accelerator.autocast():  # a reference in the stream computes as the policy does
+                batch = next(stream, None)
+            if batch is None:
+                return
             (batch,) = weighted([batch], self.trainer.aggregate, self.trainer._gather)
             if self.trainer.args.device.type == "mps":  # which has no float64
                 batch = {name: x.float() if x.dtype == torch.float64 else x for name, x in batch.items()}

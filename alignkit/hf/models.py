@@ -46,13 +46,16 @@ class Policy(nn.Module):
         The head runs on the True positions alone, in chunks; a model whose logits are more than a linear layer of its
         last hidden state (soft-capping, an adapter on the head, prompt tuning) computes them in full instead.
         """
-        rows, counts = ids.reshape(-1, ids.shape[-1]), mask.reshape(-1, mask.shape[-1])
+        time, limit = ids.shape[-1], getattr(self.lm.config, "max_position_embeddings", None)
+        if limit is not None and time > limit:
+            raise ValueError(f"ids have {time} tokens, but the model {limit} positions; lower max_length")
+        rows, counts = ids.reshape(-1, time), mask.reshape(-1, time)
         if self._linear_head:
             body, head = _body_and_head(self.lm)
             hidden = body(input_ids=rows, use_cache=False)[0]
             logps = head_logps(hidden, head.weight, rows, counts, bias=head.bias)
         else:
-            logits = self.lm(input_ids=rows, use_cache=False).logits[:, -rows.shape[-1] :]
+            logits = self.lm(input_ids=rows, use_cache=False).logits[:, -time:]
             logps = token_logps(logits, rows, counts)
         return logps.reshape(ids.shape)
 
@@ -85,34 +88,46 @@ class AdapterOff(nn.Module):
 
 
 def causal_lm(
-    model: str | Path, *, dtype: str = "float32", lora: int | PeftConfig | None = None, seed: int = 0
+    model: str | Path,
+    *,
+    dtype: str = "float32",
+    lora: int | PeftConfig | None = None,
+    dropout: bool = False,
+    seed: int = 0,
 ) -> tuple[Policy, Any]:
     """A policy and its tokenizer from a folder, a hub id or `builtin:tiny`.
 
     A folder that holds only an adapter is merged into its base model. `dtype` is a torch dtype by name ("bfloat16"
     halves the memory; for mixed precision leave it and set `bf16` in the training arguments). `lora` adds an adapter
-    to train: a rank (on all linear layers, alpha twice the rank) or any peft config. `seed` draws what is new.
+    to train: a rank (on all linear layers, alpha twice the rank) or any peft config. Dropout is off, so that a policy
+    equals its reference before the first step, unless `dropout`. `seed` draws what is new.
     """
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype={dtype!r} is not a torch dtype; use e.g. float32 or bfloat16")
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is not a floating-point dtype of torch; use e.g. float32 or bfloat16")
+    if isinstance(lora, int) and lora < 0:
+        raise ValueError(f"lora={lora} must be a rank, or 0 for none")
     with warnings.catch_warnings(), nullcontext() if sys.stderr.isatty() else without_bars():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft reads the old name
-        lm, tokenizer = _load(str(model), seed)
-        lm = lm.to(getattr(torch, dtype))
+        lm, tokenizer = _load(str(model), kind, seed)
         if isinstance(lora, int) and lora > 0:
             lora = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type="CAUSAL_LM")
         if lora:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 lm = get_peft_model(lm, lora)
+    if not dropout:
+        for module in lm.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
     return Policy(lm.to(process().device)), tokenizer
 
 
 def frozen(policy: Policy) -> nn.Module:
-    """The policy as it is now, to be compared with: `ref(ids, mask) -> logps`.
+    """What the policy is compared with: `ref(ids, mask) -> logps`.
 
-    With an adapter it is the same weights with the adapter disabled, without one a copy. For log-probs computed once,
-    see `data.add_columns`.
+    Of a policy with an adapter it is the base model, the same weights with the adapter disabled; of any other a copy as
+    it is now. For log-probs computed once, see `data.add_columns`.
     """
     if isinstance(policy.lm, PeftModel):
         return AdapterOff(policy)
@@ -144,25 +159,26 @@ def without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load(name: str, seed: int) -> tuple[Any, Any]:
+def _load(name: str, dtype: torch.dtype, seed: int) -> tuple[Any, Any]:
     if name.startswith("builtin:"):
-        if name != "builtin:tiny":
-            raise ValueError(f"model={name!r} is unknown; the built-in model is 'builtin:tiny'")
-        return builtin.tiny(seed)
+        return builtin.tiny(name, dtype, seed)
     folder = Path(name)
-    if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1 or name.startswith((".", "~", "runs/"))):
+    if not folder.is_dir() and (folder.is_absolute() or name.count("/") > 1 or name.startswith((".", "~", "runs/"))):
         raise ValueError(f"model={name!r} is neither a folder that exists, nor a hub id, nor 'builtin:tiny'")
     adapter = folder / "adapter_config.json"
     try:
         if adapter.exists():
-            base, tokenizer = _load(json.loads(adapter.read_text())["base_model_name_or_path"], seed)
+            base, tokenizer = _load(json.loads(adapter.read_text())["base_model_name_or_path"], dtype, seed)
             lm = PeftModel.from_pretrained(base, name).merge_and_unload().requires_grad_(True)
         else:
-            lm = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+            lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         if not adapter.exists() or (folder / "tokenizer_config.json").exists():
             tokenizer = AutoTokenizer.from_pretrained(name)
     except OSError as error:
-        raise ValueError(f"model={name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model={name!r} is no folder that holds a model, nor a hub id within reach: {reason}"
+        ) from error
     return lm, tokenizer
 
 

@@ -1,11 +1,14 @@
 """Answers from a policy."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
+from peft import PeftModel
 from torch import Tensor
+from transformers import GenerationConfig
 
 from alignkit import data
 from alignkit.hf.data import encode
@@ -29,23 +32,31 @@ def sample(
     longest = max(len(x) for x in encoded)
     ids = torch.tensor([[0] * (longest - len(x)) + x for x in encoded], device=policy.device)
     attention = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in encoded], device=policy.device)
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    with evaluating(policy), torch.random.fork_rng():
+    config = GenerationConfig(
+        max_new_tokens=max_new, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
+    )
+    if temperature:
+        config.update(do_sample=True, temperature=temperature, top_k=0)
+    with evaluating(policy), _generating(policy, config), torch.random.fork_rng():
         torch.manual_seed(seed)
-        out = policy.lm.generate(
-            input_ids=ids,
-            attention_mask=attention,
-            max_new_tokens=max_new,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-            **({"do_sample": False} | how),
-        )
+        out = policy.lm.generate(input_ids=ids, attention_mask=attention)
     rows = []
     for prompt, answer in zip(encoded, out[:, longest:].tolist()):
         end = answer.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in answer else len(answer)
         rows.append({"ids": prompt + answer[:end], "mask": [False] * len(prompt) + [True] * end})
     batch = data.collate(rows)
     return batch["ids"], batch["mask"]
+
+
+@contextmanager
+def _generating(policy: Policy, config: GenerationConfig) -> Iterator[None]:
+    """`config` instead of the model's own, whose penalties and filters would make samples of another distribution."""
+    base = policy.lm.get_base_model() if isinstance(policy.lm, PeftModel) else policy.lm
+    own, base.generation_config = base.generation_config, config
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def decode(tokenizer: Any, ids: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> list[str]:

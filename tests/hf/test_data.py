@@ -208,6 +208,11 @@ BROKEN = {
         "row 2: 'completion' is N",
     ),
     "number": ('{"prompt": "a", "completion": 3}\n', "row 1: 'completion' is 3"),
+    "string messages": ('{"messages": "hello"}\n', "row 1: 'messages' is 'hello', but must be a list of messages"),
+    "no content": (
+        '{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}\n',
+        "row 1: 'messages' has a",
+    ),
     "no role": ('{"messages": [{"content": "a"}]}\n', "row 1: 'messages' is"),
     "no answer": (
         '{"messages": [{"role": "user", "content": "a"}]}\n',
@@ -233,7 +238,12 @@ def test_pairs_without_a_shared_first_message_are_refused(tokenizer):
 
 @pytest.mark.parametrize(
     ("dataset", "message"),
-    [("missing.jsonl", "no such file"), ("builtin:books", "'builtin:reviews'"), ("nonsense", "neither a .jsonl")],
+    [
+        ("missing.jsonl", "no such file"),
+        ("builtin:books", "'builtin:reviews'"),
+        ("./nonsense", "neither a .jsonl"),
+        ("nonsense", "nor a hub id within reach"),
+    ],
 )
 def test_unknown_datasets(tokenizer, dataset, message):
     with pytest.raises(ValueError, match=message):
@@ -258,10 +268,84 @@ def test_no_eos(tokenizer):
         hf.text([{"text": "a"}], tok, max_length=64)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+def template(tokenizer, text):
     import copy
 
     tok = copy.deepcopy(tokenizer)
-    tok.chat_template = "{{ messages | length }}" + tok.chat_template
-    with pytest.raises(ValueError, match="row 1: the chat template writes earlier turns differently"):
+    tok.chat_template = text
+    return tok
+
+
+def _with_thoughts(chat_template, thought):
+    return chat_template.replace("+ message['content']", "}}" + thought + "{{ message['content']")
+
+
+def test_turns_that_the_template_rewrites_do_not_count(tokenizer, capsys):
+    """As Qwen 3's: thoughts are dropped once another turn follows."""
+    thought = "{% if loop.last and message.role == 'assistant' %}<think></think>{% endif %}"
+    tok = template(
+        tokenizer, tokenizer.chat_template.replace("+ message['content']", "}}" + thought + "{{ message['content']")
+    )
+    (row,) = hf.text([{"messages": [USER, GOOD, USER, BAD]}], tok, max_length=256)
+    assert GOOD["content"] not in counted(tok, row)
+    assert counted(tok, row).startswith("<think></think>" + BAD["content"])
+    assert "1 turns do not count, as the chat template rewrites them" in capsys.readouterr().out
+
+
+def test_a_template_that_rewrites_everything_is_refused(tokenizer):
+    tok = template(tokenizer, "{{ messages | length }}" + tokenizer.chat_template)
+    with pytest.raises(ValueError, match="row 1: the chat template writes the conversation differently once"):
         hf.text([{"messages": [USER, GOOD]}], tok, max_length=64)
+
+
+def test_a_template_that_raises_names_the_row(tokenizer):
+    tok = template(tokenizer, "{{ raise_exception('no system role') }}")
+    with pytest.raises(ValueError, match="row 1: no system role"):
+        hf.text([{"messages": [USER, GOOD]}], tok, max_length=64)
+
+
+def test_a_conversation_may_begin_with_the_assistant(tokenizer):
+    (row,) = hf.text([{"messages": [GOOD, USER, BAD]}], tokenizer, max_length=256)
+    assert counted(tokenizer, row).startswith(GOOD["content"] + "<|im_end|>")
+
+
+def test_a_system_prompt_beside_whole_conversations_stays(tokenizer):
+    system = {"role": "system", "content": "Be brief."}
+    rows = [{"prompt": [system], "chosen": [USER, GOOD], "rejected": [USER, BAD]}]
+    (pair,) = hf.pairs(rows, tokenizer, max_length=256)
+    (same,) = hf.pairs([{"prompt": [system, USER], "chosen": [GOOD], "rejected": [BAD]}], tokenizer, max_length=256)
+    assert pair == same
+    assert "Be brief." in tokenizer.decode(pair["ids"][0])
+
+
+def test_answers_that_repeat_the_prompt_lose_it(tokenizer):
+    rows = [{"prompt": "Q: hi A:", "chosen": "Q: hi A: yes", "rejected": "Q: hi A: no"}]
+    (pair,) = hf.pairs(rows, tokenizer, max_length=64)
+    (same,) = hf.pairs([{"prompt": "Q: hi A:", "chosen": " yes", "rejected": " no"}], tokenizer, max_length=64)
+    assert pair == same
+
+
+def test_identical_answers_are_kept(tokenizer):
+    for row in ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, {"prompt": "a", "chosen": " b", "rejected": " b"}):
+        (pair,) = hf.pairs([row], tokenizer, max_length=256)
+        assert pair["ids"][0] == pair["ids"][1]
+
+
+def test_a_short_answer_beside_a_long_one_survives_without_a_prompt(tokenizer):
+    rows = [{"chosen": "long " * 100, "rejected": "b"}, {"chosen": "c", "rejected": "d"}]
+    assert len(hf.pairs(rows, tokenizer, max_length=32)) == 2
+
+
+def test_csv_with_unquoted_commas_is_refused_and_na_is_text(tokenizer, tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("prompt,completion\nHello, how are you,fine\n")
+    with pytest.raises(ValueError, match="more fields than the header"):
+        hf.text(path, tokenizer, max_length=64)
+    path.write_text("prompt,completion\nAnswer:,NA\n")
+    (row,) = hf.text(path, tokenizer, max_length=64)
+    assert counted(tokenizer, row).startswith("NA")
+
+
+def test_columns_that_are_not_used_are_named(tokenizer, capsys):
+    hf.text([{"prompt": "a", "completion": " b", "score": 1}], tokenizer, max_length=64)
+    assert "columns not used: score" in capsys.readouterr().out

@@ -181,12 +181,22 @@ class TestResume:
     def test_a_folder_with_a_run_is_refused(self, folder, tmp_path):
         hf.fit(loss_fn, policy64(folder), make(), aggregate=token_mean, args=args(tmp_path, **SGD))
         with pytest.raises(ValueError, match="holds a run already: continue it with --resume-from-checkpoint last"):
-            hf.fit(loss_fn, policy64(folder), make(), aggregate=token_mean, args=args(tmp_path, **SGD))
+            args(tmp_path)
 
     def test_no_checkpoint_to_resume(self, folder, tmp_path):
-        a = args(tmp_path, resume_from_checkpoint="last", **SGD)
         with pytest.raises(ValueError, match="resume_from_checkpoint='last': there is no checkpoint"):
-            hf.fit(loss_fn, policy64(folder), make(), aggregate=token_mean, args=a)
+            args(tmp_path, resume_from_checkpoint="last")
+
+    @pytest.mark.parametrize("kind", ["function", "list"])
+    def test_a_finished_run_resumes_to_itself(self, folder, tmp_path, kind):
+        def run(**more):
+            policy = policy64(folder)
+            batches = make() if kind == "list" else lambda step: iter(make()[step:])
+            a = args(tmp_path, 2, save_strategy="steps", save_steps=4, **SGD, **more)
+            hf.fit(loss_fn, policy, batches, aggregate=token_mean, args=a)
+            return policy
+
+        same(run(), run(resume_from_checkpoint="last"))
 
 
 class TestEvaluation:
@@ -286,14 +296,18 @@ class TestErrors:
         with pytest.raises(TypeError, match=r"reduce it to a scalar tensor with weigh"):
             self.fit(folder, tmp_path, fn=bad)
 
-    @pytest.mark.parametrize("field", [{"label_smoothing_factor": 0.1}, {"dataloader_num_workers": 2}])
+    @pytest.mark.parametrize("field", [{"label_smoothing_factor": 0.1}, {"num_train_epochs": 2}, {"data_seed": 1}])
     def test_fields_that_could_not_act(self, folder, tmp_path, field):
-        with pytest.raises(ValueError, match=f"training argument {next(iter(field))} has no effect here"):
+        with pytest.raises(ValueError, match=f"{next(iter(field))} has no effect"):
             self.fit(folder, tmp_path, **field)
 
     def test_a_field_with_a_name_of_its_own_here(self, tmp_path):
         with pytest.raises(ValueError, match="learning_rate is set by lr here"):
             args(tmp_path, learning_rate=1e-3)
+
+    def test_evaluation_without_batches(self, folder, tmp_path):
+        with pytest.raises(ValueError, match="eval_strategy='steps' needs eval_batches"):
+            self.fit(folder, tmp_path, eval_strategy="steps")
 
     def test_batch_and_micro(self, tmp_path):
         with pytest.raises(ValueError, match="batch=7 must be a positive multiple of micro=2"):
@@ -308,7 +322,7 @@ class TestErrors:
         {"optim": "adafactor"},
         {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"},
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1},
-        {"bf16_full_eval": True, "eval_strategy": "epoch"},
+        {"bf16": True, "eval_strategy": "epoch"},
         {"disable_tqdm": False, "logging_strategy": "epoch"},
     ],
     ids=lambda fields: next(iter(fields)),

@@ -149,7 +149,7 @@ def test_builtin_is_seeded(tmp_path):
 
 
 def test_an_adapter_of_the_builtin_model_finds_its_base(tmp_path):
-    policy, tok = hf.causal_lm("builtin:tiny", lora=2)
+    policy, tok = hf.causal_lm("builtin:tiny", lora=2, seed=3)
     hf.save(policy, tok, tmp_path)
     again, _ = hf.causal_lm(tmp_path)
     ids, mask = rows()
@@ -161,7 +161,10 @@ def test_an_adapter_of_the_builtin_model_finds_its_base(tmp_path):
     [
         ({"model": "runs/none"}, "model='runs/none' is neither a folder"),
         ({"model": "builtin:huge"}, "'builtin:tiny'"),
-        ({"model": "builtin:tiny", "dtype": "half precision"}, "dtype='half precision' is not a torch dtype"),
+        ({"model": "builtin:tiny", "dtype": "half precision"}, "dtype='half precision' is not a floating-point dtype"),
+        ({"model": "builtin:tiny", "dtype": "int32"}, "dtype='int32' is not a floating-point dtype"),
+        ({"model": "builtin:tiny", "lora": -1}, "lora=-1 must be a rank"),
+        ({"model": "no-such-model"}, "nor a hub id within reach"),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -169,7 +172,39 @@ def test_bad_arguments(kwargs, message):
         hf.causal_lm(**kwargs)
 
 
+def test_positions_stay_exact_in_half_precision(folder):
+    for name in (folder, "builtin:tiny"):
+        policy, _ = hf.causal_lm(name, dtype="bfloat16")
+        assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}
+        assert all(b.dtype != torch.bfloat16 for b in policy.buffers())
+
+
+def test_dropout_is_off_unless_asked_for(folder):
+    ids, mask = rows()
+    policy, _ = hf.causal_lm(folder)
+    ref = hf.frozen(policy)
+    torch.testing.assert_close(policy.train()(ids, mask), infer(ref, ids, mask), atol=0, rtol=0)
+    noisy, _ = hf.causal_lm(folder, dropout=True)
+    assert any(isinstance(m, torch.nn.Dropout) and m.p for m in noisy.modules()) == (noisy.config.model_type == "gpt2")
+
+
+def test_too_many_tokens(folder):
+    policy, _ = hf.causal_lm(folder)
+    limit = policy.config.max_position_embeddings
+    ids = torch.zeros(1, limit + 1, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"ids have {limit + 1} tokens, but the model {limit} positions"):
+        policy(ids, ids == 0)
+
+
 class TestSample:
+    def test_the_models_own_generation_config_does_not_act(self, folder):
+        policy, tok = hf.causal_lm(folder)
+        plain = hf.sample(policy, tok, ["The plot"], max_new=8)[0]
+        own = policy.lm.generation_config
+        own.repetition_penalty, own.min_p, own.top_p = 5.0, 0.5, 0.1
+        assert torch.equal(hf.sample(policy, tok, ["The plot"], max_new=8)[0], plain)
+        assert policy.lm.generation_config is own
+
     def test_columns(self, folder):
         policy, tok = hf.causal_lm(folder)
         prompts = ["Film: The Last Letter\nReview:", "Hm"]
