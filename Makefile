@@ -5,7 +5,7 @@ SOURCES = alignkit recipes tests
 .PHONY: demo test test-slow lint docs-check docs
 
 demo: .venv/.done
-	$(BIN)/alignkit demo
+	OMP_NUM_THREADS=1 $(BIN)/alignkit demo
 
 test: .venv/.done
 	$(BIN)/python -m pytest -n 2 -q -m "not slow and not gpu"

@@ -1,5 +1,6 @@
 """`alignkit demo`: a small model learns to write film reviews, then to please, and the true reward shows it."""
 
+import importlib.util
 import json
 import shutil
 import statistics
@@ -27,12 +28,18 @@ def demo(
 ) -> list[Measured]:
     """SFT on the built-in reviews, DPO from it; writes checkpoints, metrics, demo.json and demo.png under `out`.
 
-    `run(recipe, **options)` runs a recipe. Rewards are true ones: the sentiment of `n` answers to films of the test
+    `run(recipe, **options)` runs a recipe; an earlier demo's files in `out` are replaced. Rewards are true ones: the sentiment of `n` answers to films of the test
     split. KL is in nats per answer, to the model after SFT.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the demo draws with matplotlib: pip install 'alignkit[plot]'")
+    others = {path.name for path in out.glob("*")} - {"sft", "dpo", "demo.json", "demo.png"}
+    if others:
+        raise ValueError(f"{out} holds {', '.join(sorted(others))}, which no demo wrote; choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+
     from alignkit import hf
 
-    shutil.rmtree(out, ignore_errors=True)
     print("1/3  SFT: learning to write reviews")
     run("sft", out=str(out / "sft"), steps=sft_steps, seed=seed, save_strategy="no", logging_steps=50)
     print("2/3  DPO: learning from preferences between reviews")

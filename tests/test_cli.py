@@ -119,6 +119,14 @@ def test_run_runs_a_recipe_by_name_and_by_path(tmp_path):
     assert "--beta" in out
 
 
+def test_the_demo_deletes_nothing_of_others(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--out", str(tmp_path)])
+    assert "thesis.tex, which no demo wrote" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").exists()
+
+
 def test_recipes_are_found_without_transformers():
     code = "import sys; from alignkit import cli; cli.main(['list']); assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
