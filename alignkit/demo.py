@@ -24,12 +24,12 @@ class Measured(NamedTuple):
 
 
 def demo(
-    out: Path, *, run: Any, seed: int = 0, sft_steps: int = 300, dpo_steps: int = 100, n: int = 256
+    out: Path, *, run: Any, seed: int = 0, sft_steps: int = 200, dpo_steps: int = 100, n: int = 256
 ) -> list[Measured]:
     """SFT on the built-in reviews, DPO from it; writes checkpoints, metrics, demo.json and demo.png under `out`.
 
-    `run(recipe, **options)` runs a recipe; an earlier demo's files in `out` are replaced. Rewards are true ones: the sentiment of `n` answers to films of the test
-    split. KL is in nats per answer, to the model after SFT.
+    `run(recipe, **options)` runs a recipe; an earlier demo's files in `out` are replaced. Rewards are true ones: the
+    sentiment of `n` answers to films of the test split. KL is in nats per answer, to the model after SFT.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the demo draws with matplotlib: pip install 'alignkit[plot]'")
@@ -44,7 +44,7 @@ def demo(
     run("sft", out=str(out / "sft"), steps=sft_steps, seed=seed, save_strategy="no", logging_steps=50)
     print("2/3  DPO: learning from preferences between reviews")
     sft, dpo = out / "sft", out / "dpo"
-    run("dpo", model=str(sft), out=str(dpo), steps=dpo_steps, seed=seed, save_steps=max(dpo_steps // 5, 1))
+    run("dpo", model=str(sft), out=str(dpo), steps=dpo_steps, seed=seed, save_steps=max(dpo_steps // 4, 1))
     print(f"3/3  Measuring: {n} answers of each checkpoint")
     reference, tokenizer = hf.causal_lm(sft)
     prompts = hf.prompts("builtin:reviews", split="test")[:n]
