@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 from datasets import Dataset
 
 from alignkit import data
-from alignkit.hf.files import load
+from alignkit.hf.files import bars_in_terminals_only, load
 from alignkit.hf.models import process
 from alignkit.types import Batch, Rows
 
@@ -225,8 +224,7 @@ def _tokenize(
             "tokens": max(len(x.ids) for x in full),
         }
 
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    bars_in_terminals_only()
     with process().main_process_first():
         rows = table.map(
             convert,

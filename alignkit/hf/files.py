@@ -1,8 +1,10 @@
 """Rows from files, from the hub, or built in."""
 
 import json
+import sys
 from pathlib import Path
 
+import datasets
 from datasets import Dataset, load_dataset
 
 from alignkit.hf.builtin import load_reviews
@@ -15,6 +17,7 @@ def load(dataset: str | Path, *, split: str = "train") -> Dataset:
 
     A ValueError names the file and what is wrong with it.
     """
+    bars_in_terminals_only()
     name, path = str(dataset), Path(dataset)
     if name.startswith("builtin:"):
         if name != "builtin:reviews":
@@ -31,6 +34,12 @@ def load(dataset: str | Path, *, split: str = "train") -> Dataset:
         return load_dataset(name, split=own_split or split)
     except (OSError, ValueError) as error:
         raise ValueError(f"dataset={name!r} is no file, nor a hub id within reach: {error}") from error
+
+
+def bars_in_terminals_only() -> None:
+    """No progress bars of datasets in logs."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 def _load_file(path: Path) -> Dataset:
