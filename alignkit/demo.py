@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignkit import hf
 from alignkit.train import infer
 
 MAX_NEW = 64
@@ -37,9 +38,6 @@ def demo(
     if others:
         raise ValueError(f"{out} holds {', '.join(sorted(others))}, which no demo wrote; choose another --out")
     shutil.rmtree(out, ignore_errors=True)
-
-    from alignkit import hf
-
     print("1/3  SFT: learning to write reviews")
     run("sft", out=str(out / "sft"), steps=sft_steps, seed=seed, save_strategy="no", logging_steps=50)
     print("2/3  DPO: learning from preferences between reviews")
@@ -62,8 +60,6 @@ def demo(
 
 def measure(step: int, policy: Any, reference: Any, tokenizer: Any, prompts: list[str], *, seed: int) -> Measured:
     """Sample one answer to each prompt; mean true reward, and mean log(pi / reference) of the answers."""
-    from alignkit import hf
-
     ids, mask = hf.sample(policy, tokenizer, prompts, max_new=MAX_NEW, seed=seed)
     texts = hf.decode(tokenizer, ids, mask)
     log_ratio = infer(policy, ids, mask, rows=64).sum(-1) - infer(reference, ids, mask, rows=64).sum(-1)
@@ -98,19 +94,12 @@ def _plot(measured: list[Measured], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    steps = [x.step for x in measured]
-    series = [
-        (left, "true reward", [x.reward for x in measured], [x.reward_interval for x in measured], "tab:blue"),
-        (
-            right,
-            "KL to the SFT model (nats)",
-            [x.kl for x in measured],
-            [x.kl_interval for x in measured],
-            "tab:orange",
-        ),
-    ]
-    for axes, title, mean, interval, color in series:
-        axes.errorbar(steps, mean, yerr=interval, marker="o", capsize=3, color=color)
+    for axes, title, color, series in (
+        (left, "true reward", "tab:blue", [(x.reward, x.reward_interval) for x in measured]),
+        (right, "KL to the SFT model (nats)", "tab:orange", [(x.kl, x.kl_interval) for x in measured]),
+    ):
+        mean, interval = zip(*series)
+        axes.errorbar([x.step for x in measured], mean, yerr=interval, marker="o", capsize=3, color=color)
         axes.set(title=title, xlabel="DPO step")
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

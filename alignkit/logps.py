@@ -22,8 +22,7 @@ def token_logps(
     mask: Bool[Tensor, "*batch time"],
 ) -> Float[Tensor, "*batch time"]:
     """log_softmax(logits[t - 1])[ids[t]] where `mask[t]`, else 0."""
-    counted = mask[..., 1:]
-    logits = torch.where(counted[..., None], promote(logits[..., :-1, :]), 0)
+    counted, logits = _predictions(logits, mask)
     picked = _picked(logits, torch.where(counted, ids[..., 1:], 0))
     return pad(torch.where(counted, picked, 0), (1, 0))
 
@@ -41,9 +40,8 @@ def vocab_mean_logps(
     logits: Float[Tensor, "*batch time vocab"], mask: Bool[Tensor, "*batch time"]
 ) -> Float[Tensor, "*batch time"]:
     """Mean over the vocabulary of log_softmax(logits[t - 1]) where `mask[t]`, else 0; for label smoothing."""
-    counted = mask[..., 1:]
-    logits = torch.where(counted[..., None], promote(logits[..., :-1, :]), 0)
-    return pad(logits.log_softmax(-1).mean(-1), (1, 0)) * pad(counted, (1, 0))
+    counted, logits = _predictions(logits, mask)
+    return pad(torch.where(counted, logits.log_softmax(-1).mean(-1), 0), (1, 0))
 
 
 def entropy(
@@ -53,8 +51,7 @@ def entropy(
 
     Entries with p = 0 (filtered to -inf) contribute 0.
     """
-    counted = mask[..., 1:]
-    logits = torch.where(counted[..., None], promote(logits[..., :-1, :]), 0)
+    counted, logits = _predictions(logits, mask)
     return pad(torch.where(counted, _entropies(logits), 0), (1, 0))
 
 
@@ -89,6 +86,12 @@ def head_entropy(
     """`entropy(hidden @ weight.T + bias, mask)` without ever holding [..., T, V]; see `head_logps`."""
     counted = mask[..., 1:]
     return _head(_entropies, hidden, weight, bias, counted.long(), counted, chunk)
+
+
+def _predictions(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens count, and the logits that predict them; position 0 is left out."""
+    counted = mask[..., 1:]
+    return counted, torch.where(counted[..., None], promote(logits[..., :-1, :]), 0)
 
 
 def _picked(logits: Tensor, targets: Tensor) -> Tensor:

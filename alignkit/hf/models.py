@@ -142,6 +142,11 @@ def save(policy: Policy, tokenizer: Any, folder: str | Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def without_adapter(lm: Any) -> Any:
+    """The model that an adapter is wrapped around, or the model itself."""
+    return lm.get_base_model() if isinstance(lm, PeftModel) else lm
+
+
 def process() -> PartialState:
     """This process among all: its index, their number, its device."""
     return PartialState(cpu=not torch.accelerator.is_available())
@@ -183,7 +188,7 @@ def _load(name: str, dtype: torch.dtype, seed: int) -> tuple[Any, Any]:
 
 
 def _body_and_head(lm: Any) -> tuple[nn.Module, Any]:
-    base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
+    base = without_adapter(lm)
     return base.base_model, base.get_output_embeddings()
 
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig
 
 from alignkit import data
 from alignkit.hf.data import encode
-from alignkit.hf.models import Policy
+from alignkit.hf.models import Policy, without_adapter
 from alignkit.train import evaluating
 
 
@@ -51,7 +50,7 @@ def sample(
 @contextmanager
 def _generating(policy: Policy, config: GenerationConfig) -> Iterator[None]:
     """`config` instead of the model's own, whose penalties and filters would make samples of another distribution."""
-    base = policy.lm.get_base_model() if isinstance(policy.lm, PeftModel) else policy.lm
+    base = without_adapter(policy.lm)
     own, base.generation_config = base.generation_config, config
     try:
         yield
