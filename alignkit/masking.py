@@ -4,6 +4,8 @@ Elements are selected with `torch.where`, not multiplied away, so NaN or inf und
 neither value nor gradient.
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int, Real, Shaped
 from torch import Tensor
@@ -17,6 +19,12 @@ def promote(x: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 def clip(x: Real[Tensor, "*shape"], low: float | Tensor, high: float | Tensor) -> Float[Tensor, "*shape"]:
     """max(min(x, high), low); each bound a float or a tensor."""
     return promote(x).clamp(max=high).clamp(min=low)
+
+
+def finite_exp(x: Real[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """exp(x), constant just below overflow: at inf the gradient of a clipped ratio would be NaN."""
+    x = promote(x)
+    return x.clamp(max=math.log(torch.finfo(x.dtype).max) - 1).exp()
 
 
 def masked_sum(

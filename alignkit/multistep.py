@@ -6,14 +6,12 @@ that broadcast against [..., T]. Ratios are constants: no gradient reaches `logp
 log-probs in a loss. All results are 0 where `mask` is False.
 """
 
-import math
-
 import torch
 from jaxtyping import Bool, Float, Real
 from torch import Tensor
 
 from alignkit.advantages import discounted_returns, gae, next_values
-from alignkit.masking import lengths, promote
+from alignkit.masking import finite_exp, lengths, promote
 
 
 def td_errors(
@@ -131,7 +129,7 @@ def leaky_vtrace(
     `alpha` = 0 is importance sampling without truncation. Zahavy et al. 2020, arXiv:2002.12928.
     """
     log_ratio = _log_ratio(logps, old_logps, mask)
-    ratio = _truncated(log_ratio, torch.finfo(log_ratio.dtype).max / math.e)
+    ratio = finite_exp(log_ratio)
     rho, c = (alpha * _truncated(log_ratio, top) + (1 - alpha) * ratio for top in (rho_max, c_max))
     return _corrected(rho, lam * c, rewards, values, mask, gamma)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from alignkit.masking import clip, last_index, lengths, masked_mean, masked_sum, masked_var, promote, whiten
+from alignkit.masking import clip, finite_exp, last_index, lengths, masked_mean, masked_sum, masked_var, promote, whiten
 from alignkit.testing.strategies import Source, sources
 
 X = torch.tensor([[1.0, 2.0, 4.0], [7.0, -3.0, 5.0], [9.0, 9.0, 9.0]], dtype=torch.float64)
@@ -119,3 +119,14 @@ def test_clip_takes_bounds_of_either_kind() -> None:
 
 def test_the_lower_bound_wins_where_bounds_cross() -> None:
     assert clip(torch.tensor([-5.0, 1.5, 5.0]), 2.0, 1.0).tolist() == [2, 2, 2]
+
+
+def test_finite_exp_stops_just_below_overflow() -> None:
+    for dtype in (torch.float32, torch.float64):
+        x = torch.tensor([-torch.inf, -1.0, 0.0, 1e6, torch.inf], dtype=dtype, requires_grad=True)
+        out = finite_exp(x)
+        torch.testing.assert_close(out[:3], x[:3].exp())
+        assert (out[3:] > torch.finfo(dtype).max / 3).all()
+        assert out.isfinite().all()
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        assert gradient[2:].tolist() == [1, 0, 0]

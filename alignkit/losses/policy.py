@@ -16,13 +16,11 @@ No mask enters here: where a weight is 0 the value is not read, but NaN in `adva
 gradient NaN (0 * nan): give `torch.where(mask, advantages, 0)`.
 """
 
-import math
-
 import torch
 from jaxtyping import Bool, Float, Real
 from torch import Tensor, maximum, minimum
 
-from alignkit.masking import clip, promote
+from alignkit.masking import clip, finite_exp, promote
 
 
 def reinforce(logps: Float[Tensor, "*shape"], advantages: Real[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -227,6 +225,4 @@ def kl_cov(
 
 
 def _ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
-    """exp(logps - old_logps), constant just below overflow: at inf the gradient of a clipped loss would be NaN."""
-    log_ratio = promote(logps) - promote(old_logps)
-    return log_ratio.clamp(max=math.log(torch.finfo(log_ratio.dtype).max) - 1).exp()
+    return finite_exp(promote(logps) - promote(old_logps))

@@ -7,13 +7,11 @@ sum of the row's weights, so that `sequence_mean` makes a mean over rows. A row 
 A clip of the joint ratio needs nothing from here: it is `policy.clipped_surrogate` on `logps.sum(-1, keepdim=True)`.
 """
 
-import math
-
 import torch
 from jaxtyping import Bool, Float, Real
 from torch import Tensor, maximum
 
-from alignkit.masking import clip, lengths, masked_mean, masked_sum, promote
+from alignkit.masking import clip, finite_exp, lengths, masked_mean, masked_sum, promote
 
 
 def gspo(
@@ -32,7 +30,7 @@ def gspo(
 
     Elsewhere: AReaL averages over tokens afterwards, so that long answers count more.
     """
-    ratio, advantages = _exp(_mean_log_ratio(logps, old_logps, mask)), promote(advantages)[..., None]
+    ratio, advantages = finite_exp(_mean_log_ratio(logps, old_logps, mask)), promote(advantages)[..., None]
     return maximum(-ratio * advantages, -clip(ratio, 1 - low, 1 + high) * advantages)
 
 
@@ -53,7 +51,7 @@ def gspo_token(
     Elsewhere: `gspo` (verl) is this one.
     """
     logps, advantages = (torch.where(mask, promote(x), 0) for x in (logps, advantages))
-    ratio = _exp(_mean_log_ratio(logps, old_logps, mask).detach() + logps - logps.detach())
+    ratio = finite_exp(_mean_log_ratio(logps, old_logps, mask).detach() + logps - logps.detach())
     return maximum(-ratio * advantages, -clip(ratio, 1 - low, 1 + high) * advantages)
 
 
@@ -94,7 +92,7 @@ def gmpo(
     """
     log_ratio, advantages = promote(logps) - promote(old_logps), promote(advantages)[..., None]
     clipped = torch.where(advantages > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=-low))
-    return -advantages * _exp(masked_mean(clipped, mask, -1)[..., None])
+    return -advantages * finite_exp(masked_mean(clipped, mask, -1)[..., None])
 
 
 def topr(
@@ -147,8 +145,3 @@ def _joint_log_ratio(logps: Tensor, old_logps: Tensor, mask: Tensor) -> Tensor:
 
 def _mean_log_ratio(logps: Tensor, old_logps: Tensor, mask: Tensor) -> Tensor:
     return masked_mean(promote(logps) - promote(old_logps), mask, -1)[..., None]
-
-
-def _exp(x: Tensor) -> Tensor:
-    """exp(x), constant just below overflow: at inf the gradient of a clipped loss would be NaN."""
-    return x.clamp(max=math.log(torch.finfo(x.dtype).max) - 1).exp()

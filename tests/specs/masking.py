@@ -2,6 +2,7 @@ from alignkit import masking
 from tests.specs.base import columns, elementwise, row
 
 elementwise("masking.promote", masking.promote, columns("x"), "gradcheck ints")
+elementwise("masking.finite_exp", masking.finite_exp, columns("x"), "gradcheck ints")
 elementwise("masking.clip", masking.clip, columns("x"), "gradcheck ints", low=-0.6, high=0.4)
 for reduce in (masking.masked_sum, masking.masked_mean, masking.masked_var):
     for dim in (None, -1):
