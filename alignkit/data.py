@@ -85,11 +85,13 @@ def truncate(
     return Cut(ids, kept, sum(mask[1:]) - sum(kept))
 
 
-def stream(rows: Rows, *, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    """Batches of `batch` shuffled rows for ever, the first being that of step `start`.
+def shuffled(
+    rows: Sequence[Any], *, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[list[Any]]:
+    """Lists of `batch` shuffled rows for ever, the first being that of step `start`; the rows may be anything.
 
-    Epoch after epoch in a new order each, without a break at their ends, so every row is seen equally often. Batch
-    k depends on `seed` and k alone. With several processes each takes its share of the batch, in order.
+    Epoch after epoch in a new order each, without a break at their ends, so every row is seen equally often. List
+    k depends on `seed` and k alone. With several processes each takes its share of the list, in order.
     """
     if not len(rows):
         raise ValueError("rows is empty: there is nothing to stream")
@@ -103,10 +105,27 @@ def stream(rows: Rows, *, batch: int, seed: int, start: int = 0, rank: int = 0, 
         for place in places:
             if order is None or place // len(rows) != epoch:
                 epoch = place // len(rows)
-                order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_mix(seed, epoch)))
+                order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(mix(seed, epoch)))
             picked.append(rows[int(order[place % len(rows)])])
-        yield collate(picked)
+        yield picked
         start += 1
+
+
+def stream(rows: Rows, *, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    """The columns of `shuffled` rows, padded: an endless stream of batches that begins with that of step `start`."""
+    return map(collate, shuffled(rows, batch=batch, seed=seed, start=start, rank=rank, world=world))
+
+
+def concat(batches: Sequence[Batch]) -> Batch:
+    """Batches below one another; columns are padded on the right of their last axis to a common length."""
+    return {name: _concat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _concat(columns: Sequence[Tensor]) -> Tensor:
+    if columns[0].dim() < 2:
+        return torch.cat(list(columns))
+    time = max(x.shape[-1] for x in columns)
+    return torch.cat([torch.nn.functional.pad(x, (0, time - x.shape[-1])) for x in columns])
 
 
 def add_columns(rows: Rows, fn: Callable[[Batch], Batch], *, batch: int) -> list[dict[str, Any]]:
@@ -120,5 +139,6 @@ def add_columns(rows: Rows, fn: Callable[[Batch], Batch], *, batch: int) -> list
     return out
 
 
-def _mix(seed: int, epoch: int) -> int:
-    return (seed * 1_000_003 + epoch) % 2**63
+def mix(seed: int, i: int) -> int:
+    """A seed of its own for part `i` of a run of this seed."""
+    return (seed * 1_000_003 + i) % 2**63

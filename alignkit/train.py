@@ -3,12 +3,14 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from alignkit.data import mix
 from alignkit.types import Aggregate, Aggregates, Batch, Metrics
 
 
@@ -38,6 +40,25 @@ def minibatches(
             yield {name: column[part.to(column.device)] for name, column in batch.items()}
 
 
+def rollouts(
+    collect: Callable[[int], Batch], state: dict[str, Any], *, size: int, epochs: int = 1, seed: int, start: int = 0
+) -> Iterator[Batch]:
+    """On-policy minibatches for ever from step `start` on: rollout after rollout, each `epochs` times in new orders.
+
+    `collect(i)` makes rollout i, all of one number of rows, when its first minibatch is due. It lies in
+    `state["rollout"]`, so a stream that is continued with its state goes on in the midst of one. See `minibatches`.
+    """
+    whole = state["rollout"] if start else state.setdefault("rollout", collect(0))
+    while True:
+        i, done = divmod(start, epochs * (_rows(whole) // size))
+        if not done and i:
+            whole = state["rollout"] = collect(i)
+        generator = torch.Generator().manual_seed(mix(seed, i))
+        for part in islice(minibatches(whole, size, epochs=epochs, generator=generator), done, None):
+            yield part
+            start += 1
+
+
 def infer(fn: Callable[..., Any], *columns: Tensor, rows: int | None = None) -> Any:
     """`fn(*columns)` without gradient, `rows` rows at a time, joined again along the first axis.
 
@@ -62,13 +83,13 @@ def joint_weights(masks: Sequence[Tensor], aggregate: Aggregate) -> list[Tensor]
 def weighted(
     batches: Sequence[Batch],
     aggregate: Aggregates,
-    gather: Callable[[Tensor], tuple[list[Tensor], int]] = lambda mask: ([mask], 0),
+    gather: Callable[[list[Tensor]], tuple[list[list[Tensor]], int]] = lambda masks: ([masks], 0),
 ) -> list[Batch]:
     """The batches of one optimizer step, each with its columns of weights.
 
     `aggregate` is one aggregation, which makes the column "weights" of the column "mask", or a dict of names to
-    aggregations or to pairs (mask column, aggregation). `gather` returns the masks of all processes for one of this
-    process, and its own place among them.
+    aggregations or to pairs (mask column, aggregation). `gather` returns the lists of masks of all processes for the
+    list of this process, and its own place among them.
     """
     batches = [dict(batch) for batch in batches]
     table = aggregate if isinstance(aggregate, dict) else {"weights": aggregate}
@@ -79,12 +100,11 @@ def weighted(
             raise ValueError(f"aggregate needs the column {column!r}; the batch has {missing[0]}")
         if name in batches[0]:
             raise ValueError(f"aggregate makes the column {name!r}, which the batch has already")
-        gathered = [gather(batch[column]) for batch in batches]
-        flat = joint_weights([mask for masks, _ in gathered for mask in masks], fn)
-        offset = 0
-        for batch, (masks, own) in zip(batches, gathered):
-            batch[name] = flat[offset + own]
-            offset += len(masks)
+        gathered, own = gather([batch[column] for batch in batches])
+        flat = joint_weights([mask for masks in gathered for mask in masks], fn)
+        offset = sum(len(masks) for masks in gathered[:own])
+        for batch, weights in zip(batches, flat[offset:]):
+            batch[name] = weights
     return batches
 
 

@@ -71,7 +71,7 @@ def test_recipes_are_short_and_flat(path):
 
 def test_one_trainer_subclass():
     found = [p for p in SOURCES for _ in re.findall(r"^class \w+\((?:\w+\.)?Trainer\)", p.read_text(), re.MULTILINE)]
-    assert found == [PACKAGE / "hf" / "fit.py"]
+    assert found == [PACKAGE / "hf" / "trainer.py"]
 
 
 def test_the_package_re_exports_nothing():

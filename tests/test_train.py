@@ -209,13 +209,23 @@ def test_masks_of_all_processes_count() -> None:
     mine = [torch.tensor([[True, True]]), torch.tensor([[True, False]])]
     theirs = [torch.tensor([[True, True, True]]), torch.tensor([[True, True, False]])]
     for own in (0, 1):
-        other = iter(theirs)
 
-        def gather(mask: Tensor, own: int = own, other: Any = other) -> tuple[list[Tensor], int]:
-            return ([mask, next(other)] if own == 0 else [next(other), mask]), own
+        def gather(masks: list[Tensor], own: int = own) -> tuple[list[list[Tensor]], int]:
+            return ([masks, theirs] if own == 0 else [theirs, masks]), own
 
         got = weighted([{"mask": m} for m in mine], token_mean, gather)
         assert [b["weights"].tolist() for b in got] == [[[1 / 8, 1 / 8]], [[1 / 8, 0]]]
+
+
+def test_the_rows_of_a_process_stay_together() -> None:
+    masks = [torch.tensor([[True, True]]), torch.tensor([[True, False]])]
+    theirs = [torch.ones(1, 2, dtype=torch.bool)] * 2
+
+    def gather(mine: list[Tensor]) -> tuple[list[list[Tensor]], int]:
+        return [theirs, mine], 1
+
+    got = weighted([{"mask": m} for m in masks], partial(group_mean, size=2), gather)
+    assert [b["weights"].tolist() for b in got] == [[[1 / 6, 1 / 6]], [[1 / 6, 0]]]
 
 
 def test_a_missing_mask_and_a_taken_name_are_refused() -> None:

@@ -1,26 +1,34 @@
 """The one floor that imports transformers, datasets, peft and accelerate: models, data, sampling, the training loop."""
 
 from alignkit.hf.builtin import reviews, sentiment
-from alignkit.hf.data import pairs, prompts, stream, text
+from alignkit.hf.data import pairs, prompts, shuffled, stream, text
 from alignkit.hf.files import load
 from alignkit.hf.fit import arguments, fit
-from alignkit.hf.models import Policy, causal_lm, frozen, save
+from alignkit.hf.models import ActorCritic, Policy, causal_lm, frozen, save
+from alignkit.hf.processes import gather, process, share
+from alignkit.hf.rewards import reward_fn
 from alignkit.hf.sampling import decode, sample
 
 __all__ = [
+    "ActorCritic",
     "Policy",
     "arguments",
     "causal_lm",
     "decode",
     "fit",
     "frozen",
+    "gather",
     "load",
     "pairs",
+    "process",
     "prompts",
     "reviews",
+    "reward_fn",
     "sample",
     "save",
     "sentiment",
+    "share",
+    "shuffled",
     "stream",
     "text",
 ]

@@ -22,7 +22,7 @@ from datasets import Dataset
 
 from alignkit import data
 from alignkit.hf.files import bars_in_terminals_only, load
-from alignkit.hf.models import process
+from alignkit.hf.processes import process
 from alignkit.types import Batch, Rows
 
 TEXT_FORMATS = (("messages",), ("prompt", "completion"), ("text",))
@@ -81,8 +81,13 @@ def prompts(dataset: str | Path, *, split: str = "train") -> list[Any]:
 
 def stream(rows: Rows, *, batch: int, seed: int, start: int = 0) -> Iterator[Batch]:
     """`data.stream` with this process's share of every batch."""
+    return map(data.collate, shuffled(rows, batch=batch, seed=seed, start=start))
+
+
+def shuffled(rows: Sequence[Any], *, batch: int, seed: int, start: int = 0) -> Iterator[list[Any]]:
+    """`data.shuffled` with this process's share of every list, e.g. of prompts."""
     state = process()
-    return data.stream(rows, batch=batch, seed=seed, start=start, rank=state.process_index, world=state.num_processes)
+    return data.shuffled(rows, batch=batch, seed=seed, start=start, rank=state.process_index, world=state.num_processes)
 
 
 def encode(tokenizer: Any, prompt: Any) -> list[int]:

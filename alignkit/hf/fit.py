@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, has_length
 
 from alignkit.hf.callbacks import METRICS, Interrupt, Log, Print, Progress
-from alignkit.hf.models import Policy, process, without_bars
-from alignkit.train import add_metrics, check_columns, check_loss, split, weighted
+from alignkit.hf.models import load_value_head, save_value_head, without_bars
+from alignkit.hf.processes import process
+from alignkit.hf.trainer import LossTrainer
+from alignkit.train import add_metrics, check_columns, check_loss, split
 from alignkit.types import Aggregates, Batch, Metrics
 
 Batches = Callable[[int], Iterator[Batch]] | Iterable[Batch]
@@ -90,6 +93,7 @@ def fit(
     args: TrainingArguments,
     tokenizer: Any = None,
     eval_batches: Batches | dict[str, Batches] | None = None,
+    state: dict[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
     """Train `model` on a stream of step batches; returns the Trainer's closing metrics.
@@ -98,7 +102,9 @@ def fit(
     `train.update`, whose step this is. `batches(step)` returns an iterator that begins with the batch of that step,
     with this process's rows; or it is an iterable, which a resumed run skips forward. Batches are pulled one step at a
     time, after the step before and under the same mixed precision, so a stream may sample from the model; it draws
-    random numbers from generators of its own. `eval_batches` is finite, and evaluated as one batch.
+    random numbers from generators of its own. What such a stream must remember (a controller's state, the rollout in
+    progress) it keeps in the dict `state`, which is saved with every checkpoint of each process and filled again before
+    a resumed run calls `batches`. `eval_batches` is finite, and evaluated as one batch.
 
     Every log goes to `metrics.jsonl` in `args.output_dir` and to the trackers in `args.report_to`. Ctrl-C saves a
     checkpoint after the step in progress and exits with status 130; `args.resume_from_checkpoint`, a folder or "last",
@@ -111,21 +117,18 @@ def fit(
         raise ValueError(f"num_train_epochs has no effect beside max_steps={args.max_steps}; give the number of steps")
     if args.eval_strategy != "no" and eval_batches is None:
         raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs eval_batches, and fit was given none")
-    args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; more are for `accelerate launch`
-    use_cache = getattr(getattr(model, "config", None), "use_cache", None)
     checkpoint = _checkpoint(args)
     interrupt = Interrupt()
     trainer = _Trainer(
         model=model,
         args=args,
-        compute_loss_func=loss_fn,
         processing_class=tokenizer,
         eval_dataset=eval_batches,
         callbacks=[Log(resumed=checkpoint is not None), interrupt, *callbacks],
     )
-    trainer.batches, trainer.aggregate = batches, aggregate
-    if use_cache is not None:
-        model.config.use_cache = use_cache  # the Trainer turns it off, and would save it so
+    trainer.batches, trainer.aggregate, trainer.loss_fn, trainer.stream_state = batches, aggregate, loss_fn, state
+    if checkpoint and state is not None:
+        state.update(_stream_state(checkpoint, state))
     for shown, ours in ((ProgressCallback, Progress), (PrinterCallback, Print)):
         if trainer.pop_callback(shown):
             trainer.add_callback(ours)
@@ -143,31 +146,25 @@ def fit(
     return result.metrics
 
 
-class _Trainer(Trainer):
-    """Feeds micro-batches of a stream to a loss function; the one subclass of Trainer."""
+class _Trainer(LossTrainer):
+    """Feeds micro-batches of a stream to a loss function."""
 
     batches: Batches
-    aggregate: Aggregates
-    loss_is_scaled_for_ga = True
+    loss_fn: Callable[..., tuple[Tensor, Metrics]]
+    stream_state: dict[str, Any] | None = None
+
+    def loss(self, model: nn.Module, **inputs: Any) -> tuple[Tensor, Metrics, None]:
+        return *check_loss(self.loss_fn(model, **inputs)), None
 
     def get_train_dataloader(self) -> DataLoader:
         # not prepared by accelerate, which would pull the next batch before this step has changed the weights
         return DataLoader(_Steps(self), batch_size=None)
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
-        loss, metrics = check_loss(self.compute_loss_func(model, **inputs))
-        add_metrics(self.__dict__.setdefault("_metrics", {}), {**metrics, "loss": loss})
-        return loss * self.accelerator.num_processes  # undoes the average of gradients over processes
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            steps = self.state.global_step - self.__dict__.get("_logged_at", self._initial_global_step)
-            self._logged_at = self.state.global_step
-            totals = self.accelerator.reduce(self.__dict__.pop("_metrics", {}), "sum")
-            logs |= {name: value.item() / steps for name, value in totals.items()}
-        super().log(logs, start_time)
+    def get_batch_samples(self, *args: Any) -> tuple[list[Batch], Any]:
+        batches, items = super().get_batch_samples(*args)
+        for batch in batches[:1]:
+            check_columns(self.loss_fn, batch)
+        return batches, items
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         batches = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
@@ -187,9 +184,9 @@ class _Trainer(Trainer):
             self.optimizer.eval()
         totals: Metrics = {}
         with torch.no_grad():
-            for batch in weighted(dataloader, self.aggregate, self._gather):
+            for batch in self._weighted(dataloader, self._gather):
                 for part in split(batch, self.args.per_device_eval_batch_size):
-                    loss, metrics = check_loss(self.compute_loss_func(model, **self._prepare_inputs(part)))
+                    loss, metrics, _ = self.loss(model, **self._prepare_inputs(part))
                     add_metrics(totals, {**metrics, "loss": loss})
         totals = self.accelerator.reduce(totals, "sum")
         return EvalLoopOutput(
@@ -199,35 +196,36 @@ class _Trainer(Trainer):
             num_samples=sum(len(next(iter(batch.values()))) for batch in dataloader),
         )
 
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
-        # DeepSpeed's casts, which the Trainer's own does, would round weights and log-probs to half precision
-        return {name: x.to(self.args.device) for name, x in inputs.items()}
-
-    def _gather(self, mask: Tensor) -> tuple[list[Tensor], int]:
-        if self.accelerator.num_processes == 1:
-            return [mask], 0
-        return gather_object([mask.cpu()]), self.accelerator.process_index
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is not None:
-            state_dict = {name.removeprefix("lm."): x for name, x in state_dict.items()}
-        self._inside(super()._save, output_dir, state_dict)
+        folder = output_dir or self.args.output_dir
+        inner = state_dict and {
+            n.removeprefix("lm."): x for n, x in state_dict.items() if not n.startswith("value_head.")
+        }
+        self._inside(super()._save, output_dir, inner)
+        save_value_head(self.model, folder, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._inside(super()._load_from_checkpoint, resume_from_checkpoint, model)
+        load_value_head(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._inside(super()._load_best_model)
+        load_value_head(self.model, self.state.best_model_checkpoint)
 
     def _inside(self, method: Callable[..., None], *args: Any) -> None:
         """Let the Trainer save and load a policy as the plain model inside it."""
         outer = self.model
-        self.model = outer.lm if isinstance(outer, Policy) else outer
+        self.model = getattr(outer, "lm", outer)
         try:
             with without_bars():
                 method(*args)
         finally:
             self.model = outer
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.stream_state is not None:
+            torch.save(self.stream_state, _stream_file(output_dir))
 
 
 class _Steps(IterableDataset):
@@ -255,10 +253,6 @@ class _Steps(IterableDataset):
                 batch = next(stream, None)
             if batch is None:
                 return
-            (batch,) = weighted([batch], self.trainer.aggregate, self.trainer._gather)
-            if self.trainer.args.device.type == "mps":  # which has no float64
-                batch = {name: x.float() if x.dtype == torch.float64 else x for name, x in batch.items()}
-            check_columns(self.trainer.compute_loss_func, batch)
             rows = len(next(iter(batch.values())))
             if rows != self.micro * self.parts:
                 raise ValueError(
@@ -272,6 +266,20 @@ class _Steps(IterableDataset):
 
 def _from(batches: Batches, start: int) -> Iterator[Batch]:
     return iter(batches(start)) if callable(batches) else islice(iter(batches), start, None)
+
+
+def _stream_file(folder: str) -> Path:
+    return Path(folder) / f"stream_{process().process_index}.pt"
+
+
+def _stream_state(checkpoint: str, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of the stream at a checkpoint; of classes it holds only those that the fresh `state` has."""
+    file = _stream_file(checkpoint)
+    if not file.is_file():
+        raise ValueError(f"resume_from_checkpoint: {file} is missing, without which the stream cannot continue")
+    leaves = tree_flatten(state, is_leaf=lambda x: type(x) is not dict)[0]
+    with torch.serialization.safe_globals([type(x) for x in leaves]):
+        return torch.load(file, map_location=process().device, weights_only=True)
 
 
 def _checkpoint(args: TrainingArguments) -> str | None:

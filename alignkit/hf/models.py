@@ -4,24 +4,28 @@ import copy
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from jaxtyping import Bool, Float, Int
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from alignkit.hf import builtin
+from alignkit.hf.processes import process
 from alignkit.logps import head_logps, token_logps
 from alignkit.train import evaluating
 
 logger = logging.get_logger(__name__)
+
+VALUE_HEAD = "value_head.safetensors"
 
 
 class Policy(nn.Module):
@@ -32,6 +36,7 @@ class Policy(nn.Module):
     """
 
     main_input_name = "ids"
+    _needs_hidden = False
 
     def __init__(self, lm: Any):
         super().__init__()
@@ -46,6 +51,9 @@ class Policy(nn.Module):
         The head runs on the True positions alone, in chunks; a model whose logits are more than a linear layer of its
         last hidden state (soft-capping, an adapter on the head, prompt tuning) computes them in full instead.
         """
+        return self._logps_and_hidden(ids, mask)[0]
+
+    def _logps_and_hidden(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         time, limit = ids.shape[-1], getattr(self.lm.config, "max_position_embeddings", None)
         if limit is not None and time > limit:
             raise ValueError(f"ids have {time} tokens, but the model {limit} positions; lower max_length")
@@ -55,9 +63,10 @@ class Policy(nn.Module):
             hidden = body(input_ids=rows, use_cache=False)[0]
             logps = head_logps(hidden, head.weight, rows, counts, bias=head.bias)
         else:
-            logits = self.lm(input_ids=rows, use_cache=False).logits[:, -time:]
-            logps = token_logps(logits, rows, counts)
-        return logps.reshape(ids.shape)
+            out = self.lm(input_ids=rows, use_cache=False, output_hidden_states=self._needs_hidden)
+            hidden = out.hidden_states[-1][:, -time:] if self._needs_hidden else rows
+            logps = token_logps(out.logits[:, -time:], rows, counts)
+        return logps.reshape(ids.shape), hidden.unflatten(0, ids.shape[:-1])
 
     def floating_point_ops(self, inputs: dict[str, Any], exclude_embeddings: bool = True) -> int:
         """6 operations per token and parameter: forward and backward, as the Trainer counts them."""
@@ -72,6 +81,30 @@ class Policy(nn.Module):
             return getattr(self.lm, name)
 
 
+class ActorCritic(Policy):
+    """A policy with a value head on its last hidden state: `actor(ids, mask) -> (logps, values)`.
+
+    `values[..., t]` is V of the tokens before t; the head begins at 0.
+    """
+
+    _needs_hidden = True
+
+    def __init__(self, lm: Any):
+        super().__init__(lm)
+        width = _body_and_head(lm)[1].weight.shape[-1]
+        self.value_head = nn.Linear(width, 1, device=lm.device, dtype=torch.promote_types(lm.dtype, torch.float32))
+        for parameter in self.value_head.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(
+        self, ids: Int[Tensor, "*batch time"], mask: Bool[Tensor, "*batch time"]
+    ) -> tuple[Float[Tensor, "*batch time"], Float[Tensor, "*batch time"]]:
+        """Log-probs as a policy's, and values at every position but 0, where nothing was read."""
+        logps, hidden = self._logps_and_hidden(ids, mask)
+        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+        return logps, pad(values[..., :-1], (1, 0))
+
+
 class AdapterOff(nn.Module):
     """The policy with its adapter disabled: a reference without a copy of the weights."""
 
@@ -84,7 +117,7 @@ class AdapterOff(nn.Module):
     ) -> Float[Tensor, "*batch time"]:
         """Log-probs of the base model."""
         with self.policy.lm.disable_adapter():
-            return self.policy(ids, mask)
+            return Policy.forward(self.policy, ids, mask)
 
 
 def causal_lm(
@@ -93,6 +126,7 @@ def causal_lm(
     dtype: str = "float32",
     lora: int | PeftConfig | None = None,
     dropout: bool = False,
+    value_head: bool = False,
     seed: int = 0,
 ) -> tuple[Policy, Any]:
     """A policy and its tokenizer from a folder, a hub id or `builtin:tiny`.
@@ -100,7 +134,8 @@ def causal_lm(
     A folder that holds only an adapter is merged into its base model. `dtype` is a torch dtype by name ("bfloat16"
     halves the memory; for mixed precision leave it and set `bf16` in the training arguments). `lora` adds an adapter
     to train: a rank (on all linear layers, alpha twice the rank) or any peft config. Dropout is off, so that a policy
-    equals its reference before the first step, unless `dropout`. `seed` draws what is new.
+    equals its reference before the first step, unless `dropout`. With `value_head` it is an `ActorCritic`, whose head
+    is read from the folder if there is one. `seed` draws what is new.
     """
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
@@ -120,36 +155,55 @@ def causal_lm(
         for module in lm.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-    return Policy(lm.to(process().device)), tokenizer
+    lm = lm.to(process().device)
+    if not value_head:
+        return Policy(lm), tokenizer
+    actor = ActorCritic(lm)
+    load_value_head(actor, model)
+    return actor, tokenizer
 
 
 def frozen(policy: Policy) -> nn.Module:
     """What the policy is compared with: `ref(ids, mask) -> logps`.
 
     Of a policy with an adapter it is the base model, the same weights with the adapter disabled; of any other a copy as
-    it is now. For log-probs computed once, see `data.add_columns`.
+    it is now, without a value head. For log-probs computed once, see `data.add_columns`.
     """
     if isinstance(policy.lm, PeftModel):
         return AdapterOff(policy)
-    return copy.deepcopy(policy).requires_grad_(False).eval()
+    return Policy(copy.deepcopy(policy.lm)).requires_grad_(False).eval()
 
 
 def save(policy: Policy, tokenizer: Any, folder: str | Path) -> None:
-    """Write the model inside (or its adapter) and the tokenizer as a plain Hugging Face folder; main process only."""
+    """Write the model inside (or its adapter) and the tokenizer as a plain Hugging Face folder; main process only.
+
+    A value head goes into a file of its own beside them.
+    """
     if process().is_main_process:
         with without_bars():
             policy.lm.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        save_value_head(policy, folder)
+
+
+def save_value_head(policy: nn.Module, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write the value head, if there is one, from the policy or from its whole `state`."""
+    if isinstance(policy, ActorCritic):
+        state = policy.state_dict() if state is None else state
+        head = {name: state[f"value_head.{name}"].contiguous() for name in ("weight", "bias")}
+        save_file(head, Path(folder) / VALUE_HEAD)
+
+
+def load_value_head(policy: nn.Module, folder: str | Path) -> None:
+    """Read the value head of a folder that has one into a policy that has one."""
+    file = Path(folder) / VALUE_HEAD
+    if isinstance(policy, ActorCritic) and file.is_file():
+        policy.value_head.load_state_dict(load_file(file, device=str(policy.device)))
 
 
 def without_adapter(lm: Any) -> Any:
     """The model that an adapter is wrapped around, or the model itself."""
     return lm.get_base_model() if isinstance(lm, PeftModel) else lm
-
-
-def process() -> PartialState:
-    """This process among all: its index, their number, its device."""
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 @contextmanager

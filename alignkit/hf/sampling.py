@@ -12,16 +12,25 @@ from transformers import GenerationConfig
 from alignkit import data
 from alignkit.hf.data import encode
 from alignkit.hf.models import Policy, without_adapter
+from alignkit.hf.processes import process
 from alignkit.train import evaluating
 
 
 @torch.no_grad()
 def sample(
-    policy: Policy, tokenizer: Any, prompts: Sequence[str], *, max_new: int, temperature: float = 1.0, seed: int = 0
+    policy: Policy,
+    tokenizer: Any,
+    prompts: Sequence[Any],
+    *,
+    max_new: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    step: int = 0,
 ) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
     """One answer to each prompt: `ids` (prompt and answer, right-padded) and `mask` (True on the answer, EOS included).
 
-    `temperature=0` is greedy. The random state is left as it was.
+    `temperature=0` is greedy. Random numbers depend on `seed`, `step` and the process; the global random state is left
+    as it was.
     """
     if not prompts:
         raise ValueError("prompts is empty: give at least one")
@@ -37,7 +46,7 @@ def sample(
     if temperature:
         config.update(do_sample=True, temperature=temperature, top_k=0)
     with evaluating(policy), _generating(policy, config), torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(data.mix(data.mix(seed, step), process().process_index))
         out = policy.lm.generate(input_ids=ids, attention_mask=attention)
     rows = []
     for prompt, answer in zip(encoded, out[:, longest:].tolist()):

@@ -19,3 +19,8 @@ row(
 )
 row("data.stream", lambda rows: list(islice(data.stream(rows, batch=2, seed=1), 3)), _list_rows)
 row("data.add_columns", lambda rows: data.add_columns(rows, lambda b: {"n": b["mask"].sum(-1)}, batch=2), _list_rows)
+row("data.shuffled", lambda rows: list(islice(data.shuffled(rows, batch=2, seed=1), 3)), _list_rows)
+row(
+    "data.concat", lambda a, b: data.concat([a, b]), lambda s: {"a": {"x": s.real(2, 3)}, "b": {"x": s.real(1, s.time)}}
+)
+row("data.mix", lambda seed: data.mix(seed, 3), lambda s: {"seed": 7})

@@ -1,3 +1,4 @@
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ row("train.split", lambda batch: list(train.split(batch, 3)), _batch)
 row(
     "train.minibatches",
     lambda batch: list(train.minibatches(batch, 2, epochs=2, generator=torch.Generator().manual_seed(1))),
+    _batch,
+)
+row(
+    "train.rollouts",
+    lambda batch: list(islice(train.rollouts(lambda i: batch, {}, size=2, epochs=2, seed=1), 5)),
     _batch,
 )
 row("train.infer", lambda batch: train.infer(lambda x, mask: (x.exp(), mask), *batch.values(), rows=3), _batch)
