@@ -31,11 +31,9 @@ def minibatches(
 
     Raises ValueError if `size` does not divide the rows: a smaller last part would be an optimizer step of its own.
     """
-    rows = _rows(batch)
-    if size < 1 or rows % size:
-        raise ValueError(f"size={size} does not divide the batch's {rows} rows into whole minibatches")
+    _parts(batch, size)
     for _ in range(epochs):
-        order = torch.randperm(rows, generator=generator)
+        order = torch.randperm(_rows(batch), generator=generator)
         for part in order.split(size):
             yield {name: column[part.to(column.device)] for name, column in batch.items()}
 
@@ -48,13 +46,14 @@ def rollouts(
     `collect(i)` makes rollout i, all of one number of rows, when its first minibatch is due. It lies in
     `state["rollout"]`, so a stream that is continued with its state goes on in the midst of one. See `minibatches`.
     """
-    whole = state["rollout"] if start else state.setdefault("rollout", collect(0))
+    if not start:
+        state["rollout"] = collect(0)
     while True:
-        i, done = divmod(start, epochs * (_rows(whole) // size))
-        if not done and i:
-            whole = state["rollout"] = collect(i)
+        i, done = divmod(start, epochs * _parts(state["rollout"], size))
+        if start and not done:
+            state["rollout"] = collect(i)
         generator = torch.Generator().manual_seed(mix(seed, i))
-        for part in islice(minibatches(whole, size, epochs=epochs, generator=generator), done, None):
+        for part in islice(minibatches(state["rollout"], size, epochs=epochs, generator=generator), done, None):
             yield part
             start += 1
 
@@ -185,6 +184,13 @@ def evaluating(fn: Any) -> Iterator[torch.device | None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _parts(batch: Batch, size: int) -> int:
+    rows = _rows(batch)
+    if size < 1 or rows % size:
+        raise ValueError(f"size={size} does not divide the batch's {rows} rows into whole minibatches")
+    return rows // size
 
 
 def _rows(batch: Batch) -> int:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignkit.data import add_columns, collate, pad, stream, truncate
+from alignkit.data import add_columns, collate, concat, mix, pad, shuffled, stream, truncate
 from alignkit.testing.strategies import seeds
 
 # columns
@@ -265,3 +265,26 @@ def test_columns_are_added_batch_by_batch(batch: int) -> None:
     assert "n" not in rows[0]
     assert sizes == [batch] * (5 // batch) + [5 % batch] * (5 % batch > 0)
     assert add_columns([], fn, batch=batch) == []
+
+
+def test_batches_below_one_another() -> None:
+    a = {"ids": torch.tensor([[1, 2]]), "mask": torch.tensor([[True, True]]), "score": torch.tensor([0.5])}
+    b = {"ids": torch.tensor([[3], [4]]), "mask": torch.tensor([[True], [False]]), "score": torch.tensor([1.5, 2.5])}
+    got = concat([a, b])
+    assert got["ids"].tolist() == [[1, 2], [3, 0], [4, 0]]
+    assert got["mask"].tolist() == [[True, True], [True, False], [False, False]]
+    assert got["score"].tolist() == [0.5, 1.5, 2.5]
+
+
+def test_seeds_of_the_parts_differ() -> None:
+    assert len({mix(seed, i) for seed in range(20) for i in range(20)}) == 400
+    assert 0 <= mix(2**40, 2**40) < 2**63
+
+
+def test_shuffled_rows_may_be_anything() -> None:
+    names = list("abcde")
+    got = list(islice(shuffled(names, batch=3, seed=1), 5))
+    assert sorted(x for part in got for x in part) == sorted(3 * names)
+    assert list(islice(shuffled(names, batch=3, seed=1, start=2), 3)) == got[2:]
+    shares = [list(islice(shuffled(names, batch=4, seed=1, rank=r, world=2), 2)) for r in (0, 1)]
+    assert [a + b for a, b in zip(*shares)] == list(islice(shuffled(names, batch=4, seed=1), 2))

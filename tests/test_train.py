@@ -19,6 +19,7 @@ from alignkit.train import (
     infer,
     joint_weights,
     minibatches,
+    rollouts,
     split,
     update,
     weighted,
@@ -443,3 +444,30 @@ def test_a_good_loss_passes_through() -> None:
     assert got[0] is loss
     assert got[1] == metrics
     assert got[1] is not metrics
+
+
+@given(st.data())
+def test_rollouts_can_be_continued_anywhere(data: st.DataObject) -> None:
+    size, parts, epochs = (data.draw(st.integers(1, 3)) for _ in range(3))
+    begun: list[int] = []
+
+    def collect(i: int) -> dict[str, Tensor]:
+        begun.append(i)
+        return {"x": 100 * i + torch.arange(size * parts)}
+
+    state: dict[str, Any] = {}
+    stream = rollouts(collect, state, size=size, epochs=epochs, seed=3)
+    seen, saved = [], []
+    for _ in range(3 * parts * epochs):
+        seen.append(next(stream)["x"].tolist())
+        saved.append(dict(state))
+    assert begun == [0, 1, 2]  # each only when it is due
+    for i in range(3):
+        own = [x for part in seen[i * parts * epochs : (i + 1) * parts * epochs] for x in part]
+        assert sorted(own) == sorted(epochs * list(range(100 * i, 100 * i + size * parts)))
+    stop = data.draw(st.integers(1, len(seen) - 1))
+    again = rollouts(collect, dict(saved[stop - 1]), size=size, epochs=epochs, seed=3, start=stop)
+    assert [next(again)["x"].tolist() for _ in range(len(seen) - stop)] == seen[stop:]
+    if parts > 1:
+        with pytest.raises(ValueError, match="does not divide"):
+            next(rollouts(collect, {}, size=size * parts + 1, epochs=1, seed=3))
