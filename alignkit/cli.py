@@ -71,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("name")
     command.add_argument("--from", dest="source", required=True, metavar="RECIPE")
     command = commands.add_parser("demo", help="a tiny model learns to write, then to please: minutes on a laptop")
-    command.add_argument("--out", default="runs/demo")
+    command.add_argument(
+        "name", nargs="?", choices=["dpo", "rlhf"], default="dpo", help="SFT and DPO; or SFT, a reward model and PPO"
+    )
+    command.add_argument("--out", help="default: runs/demo, or runs/rlhf")
     command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("check", help="hold a function to its laws: alignkit check my.py:my_loss --beta 0.1")
     command.add_argument("target", metavar="FILE.py:FUNCTION", help="its hyperparameters follow as options, --beta 0.1")
@@ -103,8 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(report())
         else:
             from alignkit.demo import demo
+            from alignkit.rlhf import rlhf
 
-            demo(Path(args.out), run=_call, seed=args.seed)
+            make, out = {"dpo": (demo, "runs/demo"), "rlhf": (rlhf, "runs/rlhf")}[args.name]
+            make(Path(args.out or out), run=_call, seed=args.seed)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     if args.command == "run":

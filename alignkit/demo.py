@@ -32,12 +32,7 @@ def demo(
     `run(recipe, **options)` runs a recipe; an earlier demo's files in `out` are replaced. Rewards are true ones: the
     sentiment of `n` answers to films of the test split. KL is in nats per answer, to the model after SFT.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the demo draws with matplotlib: pip install 'alignkit[plot]'")
-    others = {path.name for path in out.glob("*")} - {"sft", "dpo", "demo.json", "demo.png"}
-    if others:
-        raise ValueError(f"{out} holds {', '.join(sorted(others))}, which no demo wrote; choose another --out")
-    shutil.rmtree(out, ignore_errors=True)
+    fresh(out, {"sft", "dpo", "demo.json", "demo.png"})
     print("1/3  SFT: learning to write reviews")
     run("sft", out=str(out / "sft"), steps=sft_steps, seed=seed, save_strategy="no", logging_steps=50)
     print("2/3  DPO: learning from preferences between reviews")
@@ -58,15 +53,26 @@ def demo(
     return measured
 
 
+def fresh(out: Path, own: set[str]) -> None:
+    """Remove what an earlier demo wrote to `out`, the files and folders `own`; refuse a folder that holds others."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the demo draws with matplotlib: pip install 'alignkit[plot]'")
+    others = {path.name for path in out.glob("*")} - own
+    if others:
+        raise ValueError(f"{out} holds {', '.join(sorted(others))}, which no demo wrote; choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+
+
 def measure(step: int, policy: Any, reference: Any, tokenizer: Any, prompts: list[str], *, seed: int) -> Measured:
     """Sample one answer to each prompt; mean true reward, and mean log(pi / reference) of the answers."""
     ids, mask = hf.sample(policy, tokenizer, prompts, max_new=MAX_NEW, seed=seed)
     texts = hf.decode(tokenizer, ids, mask)
     log_ratio = infer(policy, ids, mask, rows=64).sum(-1) - infer(reference, ids, mask, rows=64).sum(-1)
-    return Measured(step, *_mean([hf.sentiment(x) for x in texts]), *_mean(log_ratio.tolist()), texts[:4])
+    return Measured(step, *interval([hf.sentiment(x) for x in texts]), *interval(log_ratio.tolist()), texts[:4])
 
 
-def _mean(x: list[float]) -> tuple[float, float]:
+def interval(x: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval."""
     return statistics.fmean(x), 1.96 * statistics.stdev(x) / len(x) ** 0.5
 
 

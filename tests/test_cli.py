@@ -86,8 +86,9 @@ def test_errors_of_alignkit_are_one_line_and_others_are_not_hidden(capsys):
 def test_list(capsys):
     cli.main(["list"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["dpo", "sft"]
-    assert "arXiv:2305.18290" in lines[0]
+    names = [line.split()[0] for line in lines]
+    assert names == ["best_of_n", "dpo", "iterative_sft", "ppo", "reward", "sft"]
+    assert "arXiv:2305.18290" in lines[1]
 
 
 def test_new_copies_and_never_overwrites(tmp_path, monkeypatch, capsys):
@@ -119,10 +120,11 @@ def test_run_runs_a_recipe_by_name_and_by_path(tmp_path):
     assert "--beta" in out
 
 
-def test_the_demo_deletes_nothing_of_others(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["dpo", "rlhf"])
+def test_the_demo_deletes_nothing_of_others(tmp_path, capsys, name):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(SystemExit):
-        cli.main(["demo", "--out", str(tmp_path)])
+        cli.main(["demo", name, "--out", str(tmp_path)])
     assert "thesis.tex, which no demo wrote" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").exists()
 
