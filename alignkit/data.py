@@ -86,7 +86,7 @@ def truncate(
 
 
 def shuffled(
-    rows: Sequence[Any], *, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+    rows: Rows, *, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
 ) -> Iterator[list[Any]]:
     """Lists of `batch` shuffled rows for ever, the first being that of step `start`; the rows may be anything.
 

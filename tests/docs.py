@@ -43,6 +43,11 @@ FLOOR = (
     "train",
     "conventions",
 )
+WRITTEN = {
+    "rlhf.md": "SFT, reward model, PPO on the built-in world: true reward against KL",
+    "trl.md": "the class API of TRL 0.7: what is there, and where it differs from the release",
+}
+"""Pages by hand, and what they are about."""
 TESTING = ("contracts", "strategies", "laws", "directions", "certificates", "worlds", "optimum", "algebra")
 
 
@@ -138,7 +143,9 @@ def testing():
 
 
 def contents():
-    lines = ["# Documentation", "", "Made from the docstrings by `make docs`.", ""]
+    lines = ["# Documentation", ""]
+    lines += [f"- [{name.removesuffix('.md')}]({name}): {about}" for name, about in WRITTEN.items()]
+    lines += ["", "Made from the docstrings by `make docs`:", ""]
     lines += ["- [testing](testing.md): contracts, strategies, certificates and optima for maths of your own"]
     lines += ["- [certificates](certificates.md): what estimators really estimate, by exact enumeration"]
     lines += [

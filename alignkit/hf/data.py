@@ -84,7 +84,7 @@ def stream(rows: Rows, *, batch: int, seed: int, start: int = 0) -> Iterator[Bat
     return map(data.collate, shuffled(rows, batch=batch, seed=seed, start=start))
 
 
-def shuffled(rows: Sequence[Any], *, batch: int, seed: int, start: int = 0) -> Iterator[list[Any]]:
+def shuffled(rows: Rows, *, batch: int, seed: int, start: int = 0) -> Iterator[list[Any]]:
     """`data.shuffled` with this process's share of every list, e.g. of prompts."""
     state = process()
     return data.shuffled(rows, batch=batch, seed=seed, start=start, rank=state.process_index, world=state.num_processes)

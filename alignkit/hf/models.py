@@ -4,7 +4,7 @@ import copy
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from alignkit.hf import builtin
@@ -25,22 +25,48 @@ from alignkit.train import evaluating
 
 logger = logging.get_logger(__name__)
 
+Finish = Callable[[Any, Any], Any]
 VALUE_HEAD = "value_head.safetensors"
 
 
-class Policy(nn.Module):
-    """A causal language model whose call is the whole computation, head included: `policy(ids, mask) -> logps`.
+class Wrapper(nn.Module):
+    """A Hugging Face model inside a module whose call is the whole computation: `policy(ids, mask)`.
 
     `policy.lm` is the Hugging Face model (a `PeftModel` if it has an adapter); attributes that a policy lacks are
     looked up there, so `policy.generate`, `policy.config` and the Trainer's calls reach it.
     """
 
     main_input_name = "ids"
-    _needs_hidden = False
 
     def __init__(self, lm: Any):
         super().__init__()
         self.lm = lm
+
+    def floating_point_ops(self, inputs: dict[str, Any], exclude_embeddings: bool = True) -> int:
+        """6 operations per token and parameter: forward and backward, as the Trainer counts them."""
+        return 6 * inputs["ids"].numel() * self.lm.num_parameters(exclude_embeddings=exclude_embeddings)
+
+    def _check_length(self, ids: Tensor) -> None:
+        time, limit = ids.shape[-1], getattr(self.lm.config, "max_position_embeddings", None)
+        if limit is not None and time > limit:
+            raise ValueError(f"ids have {time} tokens, but the model {limit} positions; lower max_length")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "lm":
+                raise
+            return getattr(self.lm, name)
+
+
+class Policy(Wrapper):
+    """A causal language model whose call is the whole computation, head included: `policy(ids, mask) -> logps`."""
+
+    _needs_hidden = False
+
+    def __init__(self, lm: Any):
+        super().__init__(lm)
         self._linear_head = _has_linear_head(lm)
 
     def forward(
@@ -54,9 +80,8 @@ class Policy(nn.Module):
         return self._logps_and_hidden(ids, mask)[0]
 
     def _logps_and_hidden(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        time, limit = ids.shape[-1], getattr(self.lm.config, "max_position_embeddings", None)
-        if limit is not None and time > limit:
-            raise ValueError(f"ids have {time} tokens, but the model {limit} positions; lower max_length")
+        self._check_length(ids)
+        time = ids.shape[-1]
         rows, counts = ids.reshape(-1, time), mask.reshape(-1, time)
         if self._linear_head:
             body, head = _body_and_head(self.lm)
@@ -67,18 +92,6 @@ class Policy(nn.Module):
             hidden = out.hidden_states[-1][:, -time:] if self._needs_hidden else rows
             logps = token_logps(out.logits[:, -time:], rows, counts)
         return logps.reshape(ids.shape), hidden.unflatten(0, ids.shape[:-1])
-
-    def floating_point_ops(self, inputs: dict[str, Any], exclude_embeddings: bool = True) -> int:
-        """6 operations per token and parameter: forward and backward, as the Trainer counts them."""
-        return 6 * inputs["ids"].numel() * self.lm.num_parameters(exclude_embeddings=exclude_embeddings)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "lm":
-                raise
-            return getattr(self.lm, name)
 
 
 class ActorCritic(Policy):
@@ -137,6 +150,29 @@ def causal_lm(
     equals its reference before the first step, unless `dropout`. With `value_head` it is an `ActorCritic`, whose head
     is read from the folder if there is one. `seed` draws what is new.
     """
+    lm, tokenizer = open_model(model, dtype=dtype, lora=lora, dropout=dropout, seed=seed)
+    if not value_head:
+        return Policy(lm), tokenizer
+    actor = ActorCritic(lm)
+    load_value_head(actor, model)
+    return actor, tokenizer
+
+
+def open_model(
+    model: str | Path,
+    *,
+    dtype: str,
+    lora: int | PeftConfig | None,
+    dropout: bool,
+    seed: int,
+    task_type: str = "CAUSAL_LM",
+    finish: Finish | None = None,
+) -> tuple[Any, Any]:
+    """A Hugging Face model on this process's device and its tokenizer; the arguments are those of `causal_lm`.
+
+    `finish(lm, tokenizer)` makes something else of the causal language model, or classifier, that was read; adapters
+    for `task_type` come after it.
+    """
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype={dtype!r} is not a floating-point dtype of torch; use e.g. float32 or bfloat16")
@@ -144,9 +180,9 @@ def causal_lm(
         raise ValueError(f"lora={lora} must be a rank, or 0 for none")
     with warnings.catch_warnings(), nullcontext() if sys.stderr.isatty() else without_bars():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft reads the old name
-        lm, tokenizer = _load(str(model), kind, seed)
+        lm, tokenizer = _load(str(model), kind, seed, finish)
         if isinstance(lora, int) and lora > 0:
-            lora = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type="CAUSAL_LM")
+            lora = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type=task_type)
         if lora:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -155,12 +191,7 @@ def causal_lm(
         for module in lm.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-    lm = lm.to(process().device)
-    if not value_head:
-        return Policy(lm), tokenizer
-    actor = ActorCritic(lm)
-    load_value_head(actor, model)
-    return actor, tokenizer
+    return lm.to(process().device), tokenizer
 
 
 def frozen(policy: Policy) -> nn.Module:
@@ -174,7 +205,7 @@ def frozen(policy: Policy) -> nn.Module:
     return Policy(copy.deepcopy(policy.lm)).requires_grad_(False).eval()
 
 
-def save(policy: Policy, tokenizer: Any, folder: str | Path) -> None:
+def save(policy: Wrapper, tokenizer: Any, folder: str | Path) -> None:
     """Write the model inside (or its adapter) and the tokenizer as a plain Hugging Face folder; main process only.
 
     A value head goes into a file of its own beside them.
@@ -218,19 +249,24 @@ def without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load(name: str, dtype: torch.dtype, seed: int) -> tuple[Any, Any]:
+def _load(name: str, dtype: torch.dtype, seed: int, finish: Finish | None) -> tuple[Any, Any]:
     if name.startswith("builtin:"):
-        return builtin.tiny(name, dtype, seed)
+        lm, tokenizer = builtin.tiny(name, dtype, seed)
+        return finish(lm, tokenizer) if finish else lm, tokenizer
     folder = Path(name)
     if not folder.is_dir() and (folder.is_absolute() or name.count("/") > 1 or name.startswith((".", "~", "runs/"))):
         raise ValueError(f"model={name!r} is neither a folder that exists, nor a hub id, nor 'builtin:tiny'")
     adapter = folder / "adapter_config.json"
     try:
         if adapter.exists():
-            base, tokenizer = _load(json.loads(adapter.read_text())["base_model_name_or_path"], dtype, seed)
+            config = json.loads(adapter.read_text())
+            scores = config["task_type"] == "SEQ_CLS"
+            base, tokenizer = _load(config["base_model_name_or_path"], dtype, seed, finish if scores else None)
             lm = PeftModel.from_pretrained(base, name).merge_and_unload().requires_grad_(True)
         else:
-            lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            scores = "ForSequenceClassification" in str(AutoConfig.from_pretrained(name).architectures)
+            auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+            lm = auto.from_pretrained(name, dtype=dtype)
         if not adapter.exists() or (folder / "tokenizer_config.json").exists():
             tokenizer = AutoTokenizer.from_pretrained(name)
     except OSError as error:
@@ -238,7 +274,9 @@ def _load(name: str, dtype: torch.dtype, seed: int) -> tuple[Any, Any]:
         raise ValueError(
             f"model={name!r} is no folder that holds a model, nor a hub id within reach: {reason}"
         ) from error
-    return lm, tokenizer
+    if scores and not finish:
+        raise ValueError(f"model={name!r} is a reward model, but must be a causal language model")
+    return finish(lm, tokenizer) if finish else lm, tokenizer
 
 
 def _body_and_head(lm: Any) -> tuple[nn.Module, Any]:

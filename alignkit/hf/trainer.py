@@ -39,20 +39,22 @@ class LossTrainer(Trainer):
             self.model.config.use_cache = use_cache  # the Trainer turns it off, and would save it so
         self._train_totals: Metrics = {}
         self._eval_totals: Metrics = {}
+        self._steps_to_log = 0
 
     def loss(self, model: nn.Module, **inputs: Any) -> tuple[Tensor, Metrics, Any]:
         """The loss of a micro-batch, its metrics, and the model's outputs."""
         raise NotImplementedError
 
-    def masks(self, inputs: Batch) -> Batch:
+    def masks(self, inputs: Mapping[str, Any]) -> Batch:
         """The mask columns that `aggregate` reads; by default those of the batch itself."""
         return inputs
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], Any]:
+    ) -> tuple[list[dict[str, Any]], Any]:
         """The micro-batches of a step, with their weights."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._steps_to_log += bool(batches)
         return self._weighted(batches, self._gather) if batches else batches, items
 
     def compute_loss(
@@ -78,8 +80,7 @@ class LossTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log."""
         if "loss" in logs:
-            steps = self.state.global_step - self.__dict__.get("_logged_at", self._initial_global_step)
-            self._logged_at = self.state.global_step
+            steps, self._steps_to_log = max(self._steps_to_log, 1), 0
             totals, self._train_totals = self.accelerator.reduce(self._train_totals, "sum"), {}
             logs |= {name: value.item() / steps for name, value in totals.items()}
         super().log(logs, start_time)
@@ -104,7 +105,7 @@ class LossTrainer(Trainer):
     def _names(self) -> list[str]:
         return list(self.aggregate) if isinstance(self.aggregate, dict) else ["weights"]
 
-    def _weighted(self, batches: Sequence[Mapping[str, Any]], *gather: Any) -> list[Batch]:
+    def _weighted(self, batches: Sequence[Mapping[str, Any]], *gather: Any) -> list[dict[str, Any]]:
         made = weighted([self.masks(batch) for batch in batches], self.aggregate, *gather)
         return [dict(batch) | {name: new[name] for name in self._names} for batch, new in zip(batches, made)]
 
