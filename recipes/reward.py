@@ -6,7 +6,6 @@ L = -E log sigmoid(r(x, y_w) - r(x, y_l)) + centering E (r(x, y_w) + r(x, y_l))^
 from typing import Literal
 
 from alignkit import cli, hf
-from alignkit.hf.scorers import reward_model
 from alignkit.losses.reward import bradley_terry, centering
 from alignkit.weights import row_mean, weigh
 
@@ -29,7 +28,7 @@ def main(
     **training,
 ):
     args = hf.arguments(out, batch=batch, micro=micro, lr=lr, steps=steps, seed=seed, **training)
-    scorer, tok = reward_model(model, dtype=dtype, lora=lora, seed=seed)
+    scorer, tok = hf.reward_model(model, dtype=dtype, lora=lora, seed=seed)
     rows = hf.pairs(dataset, tok, max_length=max_length, keep=keep)  # ids, mask [2, T]: chosen, rejected
 
     def batches(step):

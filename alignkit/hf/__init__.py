@@ -8,10 +8,12 @@ from alignkit.hf.models import ActorCritic, Policy, causal_lm, frozen, save
 from alignkit.hf.processes import gather, process, share
 from alignkit.hf.rewards import reward_fn
 from alignkit.hf.sampling import decode, sample
+from alignkit.hf.scorers import Scorer, reward_model
 
 __all__ = [
     "ActorCritic",
     "Policy",
+    "Scorer",
     "arguments",
     "causal_lm",
     "decode",
@@ -24,6 +26,7 @@ __all__ = [
     "prompts",
     "reviews",
     "reward_fn",
+    "reward_model",
     "sample",
     "save",
     "sentiment",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alignkit.hf.builtin import sentiment
 from alignkit.hf.sampling import decode
+from alignkit.hf.scorers import reward_model
 from alignkit.train import infer
 
 Score = Callable[[Any, Sequence[Any], Int[Tensor, "batch time"], Bool[Tensor, "batch time"]], Float[Tensor, "batch"]]
@@ -53,8 +54,6 @@ def _of_texts(fn: Callable[..., Sequence[float]], name: str) -> Score:
 
 
 def _of_model(name: str, dtype: str, rows: int) -> Score:
-    from alignkit.hf.scorers import reward_model
-
     scorer, own = reward_model(name, dtype=dtype)
 
     def score(tokenizer: Any, prompts: Sequence[Any], ids: Tensor, mask: Tensor) -> Tensor:

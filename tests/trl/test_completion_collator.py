@@ -49,6 +49,7 @@ def answers(tokenizer, *texts, **options):
         ("assistant : no user : why", "no"),
         ("the dog ran user : yes assistant : no", "no"),
         ("user : yes assistant :", ""),
+        ("user : yes assistant : user : why assistant : no", "no"),
         ("a user yes assistant : no user : why assistant : sad", "no sad"),  # a first question of another form
     ],
 )

@@ -1,5 +1,4 @@
 import copy
-import gc
 import json
 import re
 import runpy
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
@@ -327,6 +326,13 @@ def test_lora(make, from_adapter, precompute):
     assert trainer.evaluate()["eval_rewards/margins"] > 0
 
 
+def test_virtual_tokens(make):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trainer = make(peft_config=config, training={"max_steps": 3, "learning_rate": 0.5})
+    trainer.train()
+    assert logged(trainer)[-1] < logged(trainer)[0]
+
+
 def test_a_saved_adapter_loads(make, tmp_path):
     folder = tmp_path / "base"
     tiny().save_pretrained(folder)
@@ -537,6 +543,14 @@ def test_a_copy_is_frozen_and_a_reference_given_is_left_trainable(make):
     assert not given.training
 
 
+def test_a_reference_does_not_keep_the_policy_from_being_prepared(make, monkeypatch):
+    trainer, prepared = make(ref_model=tiny(seed=1), eval_dataset=Dataset.from_list(PAIRS)), []
+    prepare = trainer.accelerator.prepare_model
+    monkeypatch.setattr(trainer.accelerator, "prepare_model", lambda x, **kw: prepared.append(x) or prepare(x, **kw))
+    trainer.evaluate()
+    assert prepared == [trainer.model]
+
+
 @pytest.mark.parametrize("known", ["one", "dict"])
 def test_precomputed_evaluation_compares_with_the_initial_policy(make, known):
     rows = Dataset.from_list(PAIRS[:3])
@@ -596,9 +610,11 @@ def test_a_stream_trains(make):
 
 
 def test_adapters_by_name(make):
-    model = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"), "policy")
-    model.add_adapter("reference", LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False))
+    config = {"r": 2, "target_modules": ["c_attn"], "task_type": "CAUSAL_LM"}
+    model = get_peft_model(tiny(), LoraConfig(**config, init_lora_weights=False), "reference")
+    model.add_adapter("policy", LoraConfig(**config))
     trainer = make(model, model_adapter_name="policy", ref_adapter_name="reference")
+    assert model.active_adapter == "policy"
     batch = train_batch(trainer)
     model.set_adapter("reference")
     expected = [x.detach() for x in trainer.concatenated_forward(model, batch)[:2]]
@@ -731,6 +747,14 @@ def test_dropout_is_off_unless_it_is_wanted(make, shape):
         torch.testing.assert_close(trainer.compute_reference_log_probs(batch)[0], expected)
 
 
+def test_an_adapters_reference_has_no_dropout(make):
+    trainer = make(tiny(resid_pdrop=0.5), peft_config=copy.deepcopy(LORA), disable_dropout=False)
+    batch, model = train_batch(trainer), trainer.model.train()
+    made = [trainer.compute_reference_log_probs(batch)[0] for _ in range(2)]
+    torch.testing.assert_close(*made)
+    assert model.training
+
+
 def test_disable_dropout_in_model():
     model = torch.nn.Sequential(
         torch.nn.Dropout(0.5), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1))
@@ -847,6 +871,8 @@ def test_prediction_step(make):
     assert trainer.prediction_step(model, batch, prediction_loss_only=True) == (loss, None, None)
     ignored = trainer.prediction_step(model, batch, False, ignore_keys=["eval_logits/chosen"])
     assert ignored[1].tolist() == [metrics["logits/rejected"].item()]
+    both = ["eval_logits/chosen", "eval_logits/rejected"]
+    assert trainer.prediction_step(model, batch, False, ignore_keys=both) == (loss, None, None)
 
 
 def test_compute_loss_returns_the_metrics_too(make):
@@ -973,8 +999,11 @@ def test_samples_of_a_batch(make):
     trainer = make(ref_model=tiny(seed=1))
     batch = train_batch(trainer)
     trainer.model.train()
+    modes = []
+    trainer.model.register_forward_pre_hook(lambda model, args: modes.append(model.training))
     policy, reference = trainer.get_batch_samples(trainer.model, batch)
     assert trainer.model.training
+    assert not any(modes)
     assert len(policy) == len(reference) == 4
     for row, *texts in zip(PAIRS, policy, reference):
         assert all(text.startswith(row["prompt"]) for text in texts)

@@ -1,7 +1,6 @@
 """SFTTrainer: the golden run, losses that no batching changes, models, adapters, noise, and the recipe's parameters."""
 
 import copy
-import gc
 import json
 import os
 import runpy
@@ -33,14 +32,6 @@ def tiny(shape="gpt2", **options):
     """Without dropout, so that two runs are comparable."""
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0) if shape == "gpt2" else {}
     return conftest.tiny(shape, **dropout | options)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    """Each run begins with a full garbage collection, which need not walk through what the imports made."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +227,10 @@ def test_metrics_get_the_logits(make, golden_tokenizer):
     trainer = make(model, compute_metrics=compute_metrics)
     assert trainer.evaluate()["eval_answer"] == 42.0
     assert seen == [((4, 16, 512), (4, 16))]
+    caches = []
+    model.register_forward_hook(lambda module, args, output: caches.append(output.past_key_values))
     predictions = trainer.predict(trainer.eval_dataset).predictions
+    assert caches == [None]  # which would cost memory
     batch = trainer.data_collator(list(trainer.eval_dataset))
     with torch.no_grad():
         expected = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

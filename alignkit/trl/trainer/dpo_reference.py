@@ -77,7 +77,7 @@ def log_probs(trainer: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), trainer.accelerator.autocast():
         if trainer.ref_model is not None:
             return trainer.concatenated_forward(trainer.ref_model, batch)[:2]
-        if False:
+        if not trainer.is_peft_model and trainer.state.global_step > 0:
             raise ValueError(
                 "the reference log-probs of this dataset were not precomputed, and the policy is no longer what it "
                 "was: give the dataset to the constructor, or a ref_model"

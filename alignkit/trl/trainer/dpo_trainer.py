@@ -266,19 +266,26 @@ class DPOTrainer(LossTrainer):
         """The loss, the mean logits [2] of chosen and rejected answers, and zeros in the place of labels."""
         with torch.no_grad(), evaluating(model), self.compute_loss_context_manager():
             loss, metrics = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        if prediction_loss_only:
-            return loss, None, None
         config = getattr(model, "config", None)
         ignored = getattr(config, "keys_to_ignore_at_inference", []) if ignore_keys is None else ignore_keys
-        names = [f"eval_logits/{side}" for side in dpo_losses.SIDES]
-        logits = torch.stack([metrics[name] for name in names if name not in ignored])
+        names = [x for x in ("eval_logits/chosen", "eval_logits/rejected") if x not in ignored]
+        if prediction_loss_only or not names:
+            return loss, None, None
+        logits = torch.stack([metrics[name] for name in names])
         return loss, logits, torch.zeros_like(logits)
 
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """The Trainer's, after sampled answers were shown if `generate_during_eval`."""
         if self.generate_during_eval:
             dpo_generate.log_samples(self, dataloader.dataset)
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+        return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
 
     def store_metrics(self, metrics: Mapping[str, Any], train_eval: str = "train") -> None:
         """Keep metrics of your own, "train" or "eval", for the next log of that kind, which adds their means."""
