@@ -1,9 +1,10 @@
 """The one floor that imports transformers, datasets, peft and accelerate: models, data, sampling, the training loop."""
 
+from alignkit.hf.arguments import arguments
 from alignkit.hf.builtin import reviews, sentiment
 from alignkit.hf.data import pairs, prompts, shuffled, stream, text
 from alignkit.hf.files import load
-from alignkit.hf.fit import arguments, fit
+from alignkit.hf.fit import fit
 from alignkit.hf.models import ActorCritic, Policy, causal_lm, frozen, save
 from alignkit.hf.processes import gather, process, share
 from alignkit.hf.rewards import reward_fn

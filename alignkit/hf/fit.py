@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, IterableDataset
@@ -19,69 +18,16 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, has_length
 
-from alignkit.hf.callbacks import METRICS, Interrupt, Log, Print, Progress
-from alignkit.hf.models import load_value_head, save_value_head, without_bars
+from alignkit.hf.arguments import check, to_resume
+from alignkit.hf.callbacks import Interrupt, Log, Print, Progress
+from alignkit.hf.loading import without_bars
+from alignkit.hf.models import load_value_head, save_value_head
 from alignkit.hf.processes import process
 from alignkit.hf.trainer import LossTrainer
 from alignkit.train import add_metrics, check_columns, check_loss, split
 from alignkit.types import Aggregates, Batch, Metrics
 
 Batches = Callable[[int], Iterator[Batch]] | Iterable[Batch]
-
-UNUSED = {
-    "label_smoothing_factor": "smoothing is an argument of the loss, e.g. supervised.smoothed_nll(..., smoothing=)",
-    "auto_find_batch_size": "choose per_device_train_batch_size yourself; the gradient does not depend on it",
-    "label_names": "the loss's arguments name its columns",
-    "train_sampling_strategy": "the stream of batches decides the order",
-    "dataloader_num_workers": "the stream of batches loads its own rows",
-    "dataloader_prefetch_factor": "the stream of batches loads its own rows",
-    "dataloader_persistent_workers": "the stream of batches loads its own rows",
-    "dataloader_drop_last": "the stream of batches decides what is in a batch",
-    "data_seed": "the stream of batches has a seed of its own",
-    "eval_accumulation_steps": "evaluation keeps no predictions",
-    "bf16_full_eval": "evaluation runs in the precision of training",
-    "fp16_full_eval": "evaluation runs in the precision of training",
-    "average_tokens_across_devices": "weights are always those of the whole step on all processes",
-}
-"""Training arguments that could not act here, and what to do instead."""
-
-
-def arguments(
-    out: str, *, batch: int, micro: int, lr: float, steps: int, seed: int, **fields: Any
-) -> TrainingArguments:
-    """`TrainingArguments` for steps of `batch` rows in micro-batches of `micro` on each process.
-
-    `fields` are any others by name, and win over the defaults chosen here. Raises ValueError if one of them is set by
-    an argument of this function, or if `batch` is not a multiple of `micro` times the number of processes.
-    """
-    world = process().num_processes
-    if batch < 1 or micro < 1 or batch % (micro * world):
-        raise ValueError(f"batch={batch} must be a positive multiple of micro={micro} times {world} processes")
-    defaults = {
-        "report_to": "none",
-        "logging_steps": min(10, steps),
-        "logging_nan_inf_filter": False,
-        "save_steps": max(steps // 4, 1),
-        "lr_scheduler_type": "linear",
-        "warmup_steps": steps // 10,
-        "dataloader_pin_memory": False,
-        "ddp_find_unused_parameters": False,
-        "use_cpu": process().device.type == "cpu",
-        "disable_tqdm": not sys.stderr.isatty(),
-    }
-    own = {
-        "output_dir": ("out", out),
-        "per_device_train_batch_size": ("micro", micro),
-        "gradient_accumulation_steps": ("batch and micro", batch // (micro * world)),
-        "learning_rate": ("lr", lr),
-        "max_steps": ("steps", steps),
-        "seed": ("seed", seed),
-    }
-    for name in own.keys() & fields.keys():
-        raise ValueError(f"{name} is set by {own[name][0]} here; leave it out")
-    args = TrainingArguments(**{name: value for name, (_, value) in own.items()}, **(defaults | fields))
-    _checkpoint(args)  # refuse a folder before anything is loaded
-    return args
 
 
 def fit(
@@ -110,14 +56,10 @@ def fit(
     checkpoint after the step in progress and exits with status 130; `args.resume_from_checkpoint`, a folder or "last",
     continues to the same parameters as if never stopped. A folder that holds another run is refused.
     """
-    for name, why in UNUSED.items():
-        if getattr(args, name, None) not in (type(args).__dataclass_fields__[name].default, None):
-            raise ValueError(f"the training argument {name} has no effect here: {why}")
-    if args.max_steps > 0 and args.num_train_epochs != type(args).__dataclass_fields__["num_train_epochs"].default:
-        raise ValueError(f"num_train_epochs has no effect beside max_steps={args.max_steps}; give the number of steps")
+    check(args)
     if args.eval_strategy != "no" and eval_batches is None:
         raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs eval_batches, and fit was given none")
-    checkpoint = _checkpoint(args)
+    checkpoint = to_resume(args)
     interrupt = Interrupt()
     trainer = _Trainer(
         model=model,
@@ -280,24 +222,3 @@ def _stream_state(checkpoint: str, state: dict[str, Any]) -> dict[str, Any]:
     leaves = tree_flatten(state, is_leaf=lambda x: type(x) is not dict)[0]
     with torch.serialization.safe_globals([type(x) for x in leaves]):
         return torch.load(file, map_location=process().device, weights_only=True)
-
-
-def _checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint to resume, if any; otherwise the output folder must not hold another run."""
-    out, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    if wanted and str(wanted).lower() != "false":
-        found = get_last_checkpoint(str(out)) if str(wanted).lower() in ("last", "true") and out.is_dir() else wanted
-        if found is None or not (Path(found) / "trainer_state.json").is_file():
-            raise ValueError(f"resume_from_checkpoint={wanted!r}: there is no checkpoint in {found or out}")
-        return str(found)
-    exists = (
-        process().is_main_process
-        and out.is_dir()
-        and ((out / METRICS).exists() or get_last_checkpoint(str(out)) is not None)
-    )
-    if broadcast_object_list([exists])[0]:
-        raise ValueError(
-            f"{out} holds a run already: continue it with --resume-from-checkpoint last, "
-            "choose another folder with --out, or delete it"
-        )
-    return None

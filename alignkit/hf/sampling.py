@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 
 from alignkit import data
 from alignkit.hf.data import encode
-from alignkit.hf.models import Policy, without_adapter
+from alignkit.hf.loading import without_adapter
+from alignkit.hf.models import Policy
 from alignkit.hf.processes import process
 from alignkit.train import evaluating
 

@@ -10,7 +10,8 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from alignkit.hf.models import Wrapper, open_model, without_adapter
+from alignkit.hf.loading import open_model, without_adapter
+from alignkit.hf.models import Wrapper
 from alignkit.masking import last_index
 from alignkit.train import evaluating
 

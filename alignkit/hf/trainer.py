@@ -67,14 +67,17 @@ class LossTrainer(Trainer):
         """The loss of a micro-batch, and the model's outputs if asked for; its metrics join those of the step."""
         if not set(self._names) <= set(inputs):
             (inputs,) = self._weighted([inputs])
+        rows = len(inputs[self._names[0]])
+        real = rows if model.training else self._real_rows(rows)
+        if real < rows:
+            inputs = {**inputs, **{name: _without_rest(inputs[name], real) for name in self._names}}
         loss, metrics, outputs = self.loss(model, **inputs)
         if model.training:
             add_metrics(self._train_totals, {**metrics, "loss": loss})
             loss = loss * self.accelerator.num_processes  # undoes the average of gradients over processes
         else:
-            rows = len(inputs[self._names[0]])
-            add_metrics(self._eval_totals, {name: x.detach() * rows for name, x in metrics.items()})
-            add_metrics(self._eval_totals, {"": loss.new_tensor(float(rows))})
+            add_metrics(self._eval_totals, {name: x.detach() * real for name, x in metrics.items()})
+            add_metrics(self._eval_totals, {"": loss.new_tensor(float(real))})
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -109,6 +112,13 @@ class LossTrainer(Trainer):
         made = weighted([self.masks(batch) for batch in batches], self.aggregate, *gather)
         return [dict(batch) | {name: new[name] for name in self._names} for batch, new in zip(batches, made)]
 
+    def _real_rows(self, rows: int) -> int:
+        """How many rows of a batch are not the repetitions that give each process as many rows as the others."""
+        state, index = self.accelerator.gradient_state, self.accelerator.process_index
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(max(state.remainder - index * rows, 0), rows)
+
     def _gather(self, masks: list[Tensor]) -> tuple[list[list[Tensor]], int]:
         if self.accelerator.num_processes == 1:
             return [masks], 0
@@ -120,3 +130,10 @@ class LossTrainer(Trainer):
         # DeepSpeed's casts, which the Trainer's own does, would round weights and log-probs to half precision
         no_float64 = data.dtype == torch.float64 and self.args.device.type == "mps"
         return data.to(self.args.device, torch.float32 if no_float64 else data.dtype)
+
+
+def _without_rest(weights: Tensor, rows: int) -> Tensor:
+    """The weights of the first rows, with the sum of all."""
+    kept = weights.clone()
+    kept[rows:] = 0
+    return kept * (weights.sum() / kept.sum().clamp(min=torch.finfo(kept.dtype).tiny))

@@ -115,12 +115,12 @@ def test_ppo_trains(folder, tmp_path, prompts, options):
 
 
 def test_ppo_raises_a_reward_that_is_easy_to_raise(tmp_path, prompts):
-    (tmp_path / "dots.py").write_text("def dots(texts): return [min(t.count('.'), 5) for t in texts]")
+    (tmp_path / "vowels.py").write_text("def vowels(texts): return [sum(c in 'aeiou' for c in t) for t in texts]")
     out = tmp_path / "out"
-    easy = {"steps": 24, "rollout": 64, "batch": 64, "micro": 64, "epochs": 2, "max_new": 8, "lr": 1e-2, "kl_coef": 0.0}
-    run(dataset=prompts, reward=f"{tmp_path}/dots.py:dots", out=str(out), **easy)
+    easy = {"steps": 12, "rollout": 32, "batch": 32, "micro": 32, "epochs": 2, "max_new": 8, "lr": 1e-2, "kl_coef": 0.0}
+    run(dataset=prompts, reward=f"{tmp_path}/vowels.py:vowels", out=str(out), **easy)
     scores = [x["score"] for x in logs(out)]
-    assert scores[-1] > scores[0] + 0.5
+    assert scores[-1] > scores[0] + 2
 
 
 @pytest.mark.parametrize("at", [3, 4, 7])

@@ -37,14 +37,6 @@ LIMITS = {"max_length": 64, "max_prompt_length": 32}
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=["c_attn"], task_type="CAUSAL_LM")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _old_objects_are_not_collected():
-    """The Trainer collects garbage at its end, and going through all that was imported takes most of a test."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def golden_model(name="tiny_gpt2"):
     return AutoModelForCausalLM.from_pretrained(GOLDEN / name)
 

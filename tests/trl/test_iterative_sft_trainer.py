@@ -431,7 +431,29 @@ def test_the_cache_of_the_device_is_emptied_if_asked(tokenizer, tmp_path, monkey
     for asked in (False, True):
         trainer = make(tiny(), tokenizer, tmp_path, options={"optimize_device_cache": asked})
         step(trainer, input_ids=tensors([[5, 6, 7]]))
+        gradients = [p.grad for p in trainer.model.parameters()]
+        assert all(g is None if asked else g is not None and not g.any() for g in gradients)
+        assert "zero_grad" not in vars(trainer.model)
     assert seen == [{"garbage_collection": True}]
+
+
+def test_a_step_that_fails_leaves_the_model_as_it_was(tokenizer, tmp_path):
+    trainer = make(tiny(), tokenizer, tmp_path)
+    with pytest.raises(IndexError):
+        step(trainer, input_ids=tensors([[5, 6, 9999]]))
+    assert "zero_grad" not in vars(trainer.model)
+
+
+def test_what_gets_no_gradient_is_not_decayed(tokenizer, tmp_path):
+    """Gradients are kept as zeros, but none are made."""
+    model = tiny()
+    model.extra = torch.nn.Linear(2, 2)
+    before = model.extra.weight.clone()
+    trainer = make(model, tokenizer, tmp_path, weight_decay=0.5, learning_rate=0.1, max_steps=4)
+    for _ in range(2):
+        step(trainer, input_ids=tensors([[5, 6, 7]]))
+    assert model.extra.weight.grad is None
+    assert torch.equal(model.extra.weight, before)
 
 
 def test_lists_that_only_look_like_lists_are_taken(tokenizer, tmp_path):

@@ -232,3 +232,11 @@ def test_help_explains_fields_but_not_those_of_the_trainer(capsys):
     assert "samples per forward pass (default: 128)" in text
     assert "world-size" not in text
     assert "is-peft-model" not in text
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 2.0), ("ppo_epochs", "4"), ("learning_rate", "fast")])
+def test_numbers_of_another_kind(name, value):
+    config = PPOConfig()
+    setattr(config, name, value)
+    with pytest.raises(TypeError, match=f"{name}={value!r} must be a"):
+        config.__post_init__()

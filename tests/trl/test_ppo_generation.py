@@ -342,6 +342,11 @@ def test_batches_are_whole_and_shuffled(trainer):
     assert next(iter(loader(trainer, rows())))["input_ids"].shape == (3, 2)  # the default collator
 
 
+def test_less_than_a_batch_is_none(trainer):
+    with pytest.warns(UserWarning, match="dataset has 2 rows: no batch of config.batch_size=3"):
+        assert len(loader(trainer, rows().select(range(2)), collator)) == 0
+
+
 def test_columns_that_nothing_uses(trainer):
     def columns(**config):
         return set(next(iter(loader(trainer, rows(), collator, **config))))

@@ -617,6 +617,18 @@ def test_neftune(make, given, lora, fails):
     trainer.evaluate()
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_noise_can_be_looked_at_before_training(make, lora):
+    trainer = make(training={"neftune_noise_alpha": 5.0}, **({"peft_config": LoraConfig(**LORA)} if lora else {}))
+    assert trainer._trl_activate_neftune(trainer.model) is trainer.model
+    embedding, ids = trainer.model.train().get_input_embeddings(), torch.tensor([[1, 0, 1]])
+    assert not torch.equal(embedding(ids), embedding(ids))
+    trainer.neftune_hook_handle.remove()
+    assert torch.equal(embedding(ids), embedding(ids))
+    trainer.train()
+    assert not embedding._forward_hooks
+
+
 def test_noise_changes_the_training_loss_alone(make):
     plain, noisy = make(), make(training={"neftune_noise_alpha": 50.0})
     assert plain.evaluate()["eval_loss"] == noisy.evaluate()["eval_loss"]

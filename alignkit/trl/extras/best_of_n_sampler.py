@@ -87,6 +87,8 @@ class BestOfNSampler:
 def _queries(tokenized: Any) -> list[Tensor]:
     """One 1-D tensor of ids per query."""
     single = tokenized.dim() == 1 if isinstance(tokenized, Tensor) else tokenized and isinstance(tokenized[0], int)
+    if isinstance(tokenized, str) or any(isinstance(query, str) for query in tokenized):
+        raise TypeError(f"tokenized_query must be token ids, but is text: {tokenized!r:.200}")
     queries = [torch.as_tensor(query) for query in ([tokenized] if single else tokenized)]
     queries = [query.squeeze(0) if query.dim() == 2 else query for query in queries]
     if not queries or any(query.dim() != 1 or not len(query) for query in queries):

@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from alignkit.hf.processes import process
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@contextmanager
+def reading(argument: str, name: str) -> Iterator[None]:
+    """Name the argument in the OSError of what cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{argument}={name!r} is no folder that can be loaded, nor an id of the hub: {error}") from error
 
 
 def load(auto: Any, name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:

@@ -86,7 +86,9 @@ class PreTrainedModelWrapper(nn.Module, PushToHubMixin):
         kbit_kwargs = {key: kwargs.pop(key) for key in KBIT_ARGS if key in kwargs}
         lm, token = pretrained_model_name_or_path, kwargs.get("token")
         if isinstance(lm, str | Path):
-            lm, state = checkpoints.load(cls.transformers_parent_class, str(lm), is_trainable, *model_args, **kwargs)
+            auto, name = cls.transformers_parent_class, str(lm)
+            with checkpoints.reading("pretrained_model_name_or_path", name):
+                lm, state = checkpoints.load(auto, name, is_trainable, *model_args, **kwargs)
         elif isinstance(lm, cls.supported_pretrained_model_architectures):
             state = lm.state_dict()
             if kwargs:
@@ -121,7 +123,8 @@ class PreTrainedModelWrapper(nn.Module, PushToHubMixin):
             raise ValueError(f"reward_adapter must be the name of a folder or a hub id, but is {adapter_model_id!r}")
         if not isinstance(pretrained_model, PeftModel):
             raise ValueError("reward_adapter can only be used with a PeftModel.")
-        score = checkpoints.score_head(adapter_model_id, cls.supported_rm_modules, token=token)
+        with checkpoints.reading("reward_adapter", adapter_model_id):
+            score = checkpoints.score_head(adapter_model_id, cls.supported_rm_modules, token=token)
         with evaluating(pretrained_model):
             pretrained_model.load_adapter(adapter_model_id, adapter_name, is_trainable=False, token=token)
         return score.to(pretrained_model.device, pretrained_model.dtype)

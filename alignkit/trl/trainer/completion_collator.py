@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling
 
+from alignkit.trl.trainer.checks import check_padding
+
 
 class TextCollator(DataCollatorForLanguageModeling):
     """Padded batches of the columns that a model reads; rows that have `labels` keep them."""
@@ -18,6 +20,7 @@ class TextCollator(DataCollatorForLanguageModeling):
         """The language-modelling batch of `examples`, `labels` padded with -100."""
         if not isinstance(examples[0], Mapping):
             return super().torch_call(examples)
+        check_padding(self.tokenizer)
         names = {*self.tokenizer.model_input_names, "special_tokens_mask"}
         batch = super().torch_call([{name: row[name] for name in row if name in names} for row in examples])
         if "labels" in examples[0]:

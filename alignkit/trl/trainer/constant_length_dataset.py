@@ -39,6 +39,9 @@ class ConstantLengthDataset(IterableDataset):
     ):
         if formatting_func is None and dataset_text_field is None:
             raise ValueError("dataset_text_field and formatting_func are both None: give one of them")
+        columns = getattr(dataset, "column_names", None) or [dataset_text_field]
+        if formatting_func is None and dataset_text_field not in columns:
+            raise ValueError(f"dataset_text_field={dataset_text_field!r} is not a column of the dataset: {columns}")
         if seq_length < 1 or not seq_length * chars_per_token * num_of_sequences > 0:
             raise ValueError(f"{seq_length=}, {num_of_sequences=} and {chars_per_token=} must be positive")
         if formatting_func is not None and len(inspect.signature(formatting_func).parameters) > 1:

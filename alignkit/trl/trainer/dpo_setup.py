@@ -1,12 +1,15 @@
 """What `DPOTrainer` makes of its arguments."""
 
 import warnings
+from numbers import Real
 from typing import Any, NamedTuple
 
 from peft import PeftModel
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from alignkit.trl.trainer.checks import check_tokens
 from alignkit.trl.trainer.dpo_collator import DPODataCollatorWithPadding
 from alignkit.trl.trainer.dpo_losses import known
 from alignkit.trl.trainer.dpo_reference import disable_dropout_in_model
@@ -21,7 +24,7 @@ def models(
     is_encoder_decoder: bool | None,
 ) -> tuple[Any, Any]:
     """`model` and `ref_model`, loaded where they are names; ValueError where arguments do not go together."""
-    if ref_model is not None and model is ref_model:
+    if not isinstance(ref_model, str | None) and model is ref_model:
         raise ValueError("model and ref_model are one object, which would be compared with itself: leave ref_model out")
     if ref_model is not None and peft_config is not None:
         raise ValueError(
@@ -32,9 +35,11 @@ def models(
     for name, given, kwargs in zip(("model", "ref_model"), (model, ref_model), init_kwargs):
         if isinstance(given, str):
             warnings.warn(f"You passed {name}={given!r}: an {auto.__name__} is loaded for you.", stacklevel=3)
-            given = load(given, kwargs, auto)
+            given = load(given, kwargs, auto, name)
         elif kwargs is not None:
             raise ValueError(f"{name}_init_kwargs need the name of a model, but {name} is a {type(given).__name__}")
+        if not isinstance(given, nn.Module | None):
+            raise TypeError(f"{name} must be a model or its name, but is a {type(given).__name__}")
         loaded.append(given)
     return loaded[0], loaded[1]
 
@@ -85,8 +90,7 @@ def limits(
             warnings.warn(f"`{name}` is not set: it is {default}, but you should set it yourself.", stacklevel=3)
             given[name] = default
     for name, length in given.items():
-        if length is not None and length < 1:
-            raise ValueError(f"{name}={length} must be at least 1 token")
+        check_tokens(name, length)
     return Limits(**given)
 
 
@@ -107,8 +111,12 @@ def encoder_decoder(model: Any, is_encoder_decoder: bool | None) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", is_encoder_decoder))
 
 
-def check_smoothing(label_smoothing: float, loss_type: str) -> None:
-    """Raise ValueError for a loss or a smoothing that there is not, and warn of one without effect."""
+def check_options(beta: Any, label_smoothing: float, loss_type: str, truncation_mode: str) -> None:
+    """Raise ValueError for values that there are not, and warn of a smoothing without effect."""
+    if not (isinstance(beta, Real) and beta > 0):
+        raise ValueError(f"beta={beta!r} must be a number above 0")
+    if truncation_mode not in ("keep_start", "keep_end"):
+        raise ValueError(f"Unknown truncation mode: {truncation_mode}. truncation_mode is keep_start or keep_end")
     if not 0 <= label_smoothing <= 0.5:
         raise ValueError(f"label_smoothing={label_smoothing} must be between 0 and 0.5")
     if known(loss_type) != "sigmoid" and label_smoothing > 0:

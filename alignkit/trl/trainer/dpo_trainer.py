@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from alignkit.hf.trainer import LossTrainer
 from alignkit.train import evaluating
 from alignkit.trl.trainer import dpo_collator, dpo_data, dpo_generate, dpo_losses, dpo_reference, dpo_setup
+from alignkit.trl.trainer.checks import check_arguments, check_datasets
 from alignkit.types import Batch, Metrics
 from alignkit.weights import row_mean, token_mean, weigh
 
@@ -76,8 +77,10 @@ class DPOTrainer(LossTrainer):
         processing_class: Any = None,
         dataset_num_proc: int | None = None,
     ):
+        check_arguments(model, args, tokenizer or processing_class, data_collator, names=True)
+        check_datasets(train_dataset, eval_dataset)
         args = TrainingArguments("tmp_trainer") if args is None else args
-        dpo_setup.check_smoothing(label_smoothing, loss_type)
+        dpo_setup.check_options(beta, label_smoothing, loss_type, truncation_mode)
         init_kwargs = (model_init_kwargs, ref_model_init_kwargs)
         model, ref_model = dpo_setup.models(model, ref_model, init_kwargs, peft_config, is_encoder_decoder)
         self.is_encoder_decoder = dpo_setup.encoder_decoder(model, is_encoder_decoder)

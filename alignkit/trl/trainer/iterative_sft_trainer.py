@@ -4,7 +4,9 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from alignkit.hf.trainer import LossTrainer
 from alignkit.logps import token_logps, vocab_mean_logps
 from alignkit.losses.supervised import nll, smoothed_nll
 from alignkit.train import add_metrics
+from alignkit.trl.trainer.checks import check_arguments, check_datasets, check_tokens
 from alignkit.trl.trainer.iterative_sft_data import IGNORED, Labelled, Padding, checked, step_rows
 from alignkit.types import Batch, Metrics
 from alignkit.weights import token_mean, weigh
@@ -56,6 +59,9 @@ class IterativeSFTTrainer(LossTrainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
+        check_arguments(None, args, None, data_collator)
+        check_datasets(None, eval_dataset)
+        check_tokens("max_length", max_length)
         args = TrainingArguments("tmp_trainer") if args is None else args
         tokenizer = checked(model, args, tokenizer, processing_class, optimizers)
         self.tokenizer, self.max_length, self.truncation_mode = tokenizer, max_length, truncation_mode
@@ -176,19 +182,21 @@ class IterativeSFTTrainer(LossTrainer):
         self.state.max_steps = sys.maxsize if done >= end else max(end, done + updates)
         self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
         self.control.should_training_stop = False
-        self._run_epoch(
-            model=self.model_wrapped,
-            epoch=math.ceil(self.state.epoch or 0),
-            train_dataloader=batches,
-            steps_in_epoch=len(batches),
-            num_update_steps_per_epoch=updates,
-            trial=None,
-            ignore_keys_for_eval=None,
-            start_time=time.time(),
-            resume_from_checkpoint=None,
-            epochs_trained=0,
-            steps_trained_in_current_epoch=0,
-        )
+        model = self.model_wrapped
+        with nullcontext() if self.optimize_device_cache else gradients_kept(model):
+            self._run_epoch(
+                model=model,
+                epoch=math.ceil(self.state.epoch or 0),
+                train_dataloader=batches,
+                steps_in_epoch=len(batches),
+                num_update_steps_per_epoch=updates,
+                trial=None,
+                ignore_keys_for_eval=None,
+                start_time=time.time(),
+                resume_from_checkpoint=None,
+                epochs_trained=0,
+                steps_trained_in_current_epoch=0,
+            )
 
     def _begin(self) -> None:
         """What the first step does, when all callbacks have been added."""
@@ -198,3 +206,16 @@ class IterativeSFTTrainer(LossTrainer):
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         if self.args.eval_on_start:
             self._evaluate(None, None, skip_scheduler=True)
+
+
+@contextmanager
+def gradients_kept(model: nn.Module) -> Iterator[None]:
+    """The run inside sets gradients to 0, as the release did, where it would drop them; but not DeepSpeed's."""
+    if type(model).zero_grad is not nn.Module.zero_grad:
+        yield
+        return
+    model.zero_grad = partial(model.zero_grad, set_to_none=False)
+    try:
+        yield
+    finally:
+        del model.zero_grad

@@ -7,9 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers.integrations.neftune import neftune_post_forward_hook
+from transformers.integrations.neftune import activate_neftune, neftune_post_forward_hook
 
-__all__ = ["neftune_post_forward_hook", "removed_after"]
+__all__ = ["activate", "neftune_post_forward_hook", "removed_after"]
+
+
+def activate(trainer: Any, model: Any) -> Any:
+    """Add the noise outside of a run, to look at it; `trainer.neftune_hook_handle.remove()` takes it away."""
+    trainer.neftune_hook_handle = activate_neftune(model, trainer.neftune_noise_alpha, trainer.accelerator)
+    return model
 
 
 @contextmanager

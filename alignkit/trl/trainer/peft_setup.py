@@ -7,8 +7,15 @@ from typing import Any
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM
 
+from alignkit.trl.models.checkpoints import reading
 
-def load(name: str, init_kwargs: Mapping[str, Any] | None = None, auto: Any = AutoModelForCausalLM) -> Any:
+
+def load(
+    name: str,
+    init_kwargs: Mapping[str, Any] | None = None,
+    auto: Any = AutoModelForCausalLM,
+    argument: str = "model",
+) -> Any:
     """`auto.from_pretrained(name)` with `init_kwargs`, which may have the names of transformers 4.37.
 
     These are `torch_dtype`, a dtype or its name, and `use_flash_attention_2`. Without a dtype weights are float32.
@@ -18,7 +25,8 @@ def load(name: str, init_kwargs: Mapping[str, Any] | None = None, auto: Any = Au
     kwargs["dtype"] = kwargs.get("dtype") or dtype or "float32"
     if kwargs.pop("use_flash_attention_2", False):
         kwargs.setdefault("attn_implementation", "flash_attention_2")
-    return auto.from_pretrained(name, **kwargs)
+    with reading(argument, name):
+        return auto.from_pretrained(name, **kwargs)
 
 
 def wrap(model: Any, peft_config: Any, args: Any = None) -> Any:

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Annotated, Any
 
 import tyro
@@ -96,6 +97,9 @@ class PPOConfig:
         for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs"):
             setattr(self, name, _json(name, getattr(self, name)))
         self._rename_deprecated()
+        for name, kind in PPOConfig.__annotations__.items():  # HfArgumentParser changes the types of the fields
+            if kind is float and not isinstance(getattr(self, name), Real):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be a number")
         for name in ("steps", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs"):
             _positive(name, getattr(self, name))
         _positive("compare_steps", self.compare_steps)
@@ -141,7 +145,9 @@ def _json(name: str, value: dict | str | None) -> dict:
     return value or {}
 
 
-def _positive(name: str, value: int) -> None:
+def _positive(name: str, value: Any) -> None:
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name}={value!r} must be an integer")
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
 

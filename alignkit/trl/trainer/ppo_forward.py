@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignkit.logps import token_logps
+from alignkit.trl.trainer.checks import check_padding
 
 
 def check_batch(
@@ -65,6 +66,8 @@ def stack_scores(scores: Sequence[Tensor]) -> Tensor:
 
 def prepare_model_inputs(trainer: Any, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> dict[str, Tensor]:
     """Padded ids and attention masks, as the model takes them: of both together, or of encoder and decoder."""
+
+    check_padding(trainer.tokenizer)
 
     def pad(rows: Sequence[Tensor], prefix: str = "") -> dict[str, Tensor]:
         columns = trainer.data_collator([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows])

@@ -1,6 +1,7 @@
 """Prompts in, answers out: the data loader of `PPOTrainer`, and its `generate`."""
 
 import inspect
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import has_length
 
 from alignkit.train import evaluating
 
@@ -17,7 +19,8 @@ def prepare_dataloader(trainer: Any, dataset: Any, data_collator: Callable[..., 
     """Shuffled batches of exactly `config.batch_size` rows; the rest of an epoch is dropped.
 
     A `datasets.Dataset` first loses the columns that are neither arguments of the model's forward nor "label", "query"
-    or "response", unless `config.remove_unused_columns` is False. Raises ValueError if none would be left.
+    or "response", unless `config.remove_unused_columns` is False. Raises ValueError if none would be left, and for a
+    dataset without rows; warns of one of less than a batch.
     """
     if isinstance(dataset, Dataset) and trainer.config.remove_unused_columns:
         forward = trainer.accelerator.unwrap_model(trainer.model).forward
@@ -26,9 +29,12 @@ def prepare_dataloader(trainer: Any, dataset: Any, data_collator: Callable[..., 
         if len(unused) == len(dataset.column_names):
             raise ValueError(f"dataset has only columns that nothing uses, {unused}: pass remove_unused_columns=False")
         dataset = dataset.remove_columns(unused)
-    return DataLoader(
-        dataset, batch_size=trainer.config.batch_size, collate_fn=data_collator, shuffle=True, drop_last=True
-    )
+    size = trainer.config.batch_size
+    if has_length(dataset) and not len(dataset):
+        raise ValueError("dataset is empty: there must be at least config.batch_size rows")
+    if has_length(dataset) and len(dataset) < size:
+        warnings.warn(f"dataset has {len(dataset)} rows: no batch of config.batch_size={size}", stacklevel=3)
+    return DataLoader(dataset, batch_size=size, collate_fn=data_collator, shuffle=True, drop_last=True)
 
 
 def generate(

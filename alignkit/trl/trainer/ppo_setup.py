@@ -7,6 +7,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils.deepspeed import DummyOptim, DummyScheduler
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +22,9 @@ def one_tokenizer(tokenizer: Any, processing_class: Any) -> Any:
     return processing_class if tokenizer is None else tokenizer
 
 
-def check_arguments(config: Any, model: Any, ref_model: Any, tokenizer: Any, dataset: Any, lr_scheduler: Any) -> None:
+def check_arguments(
+    config: Any, model: Any, ref_model: Any, tokenizer: Any, dataset: Any, optimizer: Any, lr_scheduler: Any
+) -> None:
     """Raise ValueError for an argument of another type than the documented one."""
     data = (torch.utils.data.Dataset, datasets.Dataset)
     table: list[tuple[str, Any, tuple[type, ...], bool]] = [
@@ -30,7 +33,8 @@ def check_arguments(config: Any, model: Any, ref_model: Any, tokenizer: Any, dat
         ("model", model, (PreTrainedModelWrapper,), True),
         ("ref_model", ref_model, (PreTrainedModelWrapper,), False),
         ("dataset", dataset, data, False),
-        ("lr_scheduler", lr_scheduler, (LRScheduler,), False),
+        ("optimizer", optimizer, (torch.optim.Optimizer, DummyOptim), False),
+        ("lr_scheduler", lr_scheduler, (LRScheduler, DummyScheduler), False),
     ]
     for name, value, kinds, needed in table:
         if not isinstance(value, kinds) and (needed or value is not None):

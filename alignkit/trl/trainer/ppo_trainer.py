@@ -41,7 +41,7 @@ class PPOTrainer:
         training_data_collator: Any = None,
     ):
         tokenizer = ppo_setup.one_tokenizer(tokenizer, processing_class)
-        ppo_setup.check_arguments(config, model, ref_model, tokenizer, dataset, lr_scheduler)
+        ppo_setup.check_arguments(config, model, ref_model, tokenizer, dataset, optimizer, lr_scheduler)
         core.set_seed(config.seed)
         self.config, self.model, self.tokenizer, self.dataset = config, model, tokenizer, dataset
         self.accelerator = accelerator = ppo_setup.make_accelerator(config)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from alignkit.trl.trainer.checks import check_padding
+
 __all__ = ["RewardDataCollatorWithPadding", "compute_accuracy"]
 
 COLUMNS = ("input_ids_chosen", "attention_mask_chosen", "input_ids_rejected", "attention_mask_rejected")
@@ -36,6 +38,8 @@ class RewardDataCollatorWithPadding:
                 "Texts are tokenised first, e.g. dataset.map(lambda row: {f'{name}_{side}': value "
                 "for side in ('chosen', 'rejected') for name, value in tokenizer(row[side]).items()})"
             )
+        if self.padding is not False:
+            check_padding(self.tokenizer)
         batch: dict[str, Any] = {}
         for side in ("chosen", "rejected"):
             padded = self.tokenizer.pad(

@@ -1,7 +1,7 @@
 """Reward models on pairs of answers."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from alignkit.hf.trainer import LossTrainer
 from alignkit.losses.reward import bradley_terry
 from alignkit.masking import promote
 from alignkit.trl.import_utils import is_peft_available
+from alignkit.trl.trainer.checks import check_arguments, check_datasets, check_tokens
 from alignkit.trl.trainer.reward_collator import RewardDataCollatorWithPadding, compute_accuracy
 from alignkit.trl.trainer.reward_config import RewardConfig
 from alignkit.types import Batch, Metrics
@@ -50,6 +51,8 @@ class RewardTrainer(LossTrainer):
         peft_config: Any = None,
         processing_class: Any = None,
     ):
+        check_arguments(model, args, tokenizer or processing_class, data_collator)
+        check_datasets(train_dataset, eval_dataset)
         args = RewardConfig("tmp_trainer") if args is None else args
         if tokenizer is not None and processing_class not in (None, tokenizer):
             raise ValueError("tokenizer and processing_class are two names of one argument: give one of them")
@@ -85,14 +88,17 @@ class RewardTrainer(LossTrainer):
         """The tokenizer, by the name of the release."""
         return self.processing_class
 
-    def masks(self, inputs: Batch) -> Batch:
+    def masks(self, inputs: Mapping[str, Any]) -> Batch:
         """Every row is a pair that counts."""
         return {"mask": inputs["attention_mask_chosen"].bool()}
 
     def loss(
         self, model: nn.Module, *, weights: Tensor, margin: Tensor | float = 0.0, **inputs: Any
     ) -> tuple[Tensor, Metrics, dict[str, Tensor]]:
-        """Bradley-Terry, weighed; `outputs` are the logits of both answers, [B, 1]."""
+        """Bradley-Terry, weighed; `outputs` are the logits of both answers, [B, 1].
+
+        A module of yours may give several numbers to an answer, such as an ensemble: their losses are averaged.
+        """
         if not self.use_reward_data_collator:
             warnings.warn(
                 "The loss is that of the columns of RewardDataCollatorWithPadding: make sure that your data_collator "
@@ -100,10 +106,11 @@ class RewardTrainer(LossTrainer):
                 stacklevel=2,
             )
         outputs = {f"rewards_{side}": _logits(model, inputs, side) for side in ("chosen", "rejected")}
-        chosen, rejected = (x.squeeze(-1) for x in outputs.values())
+        chosen, rejected = outputs.values()
         if isinstance(margin, Tensor):
-            margin = margin.reshape(chosen.shape)
-        loss = weigh(bradley_terry(chosen, rejected, margin=margin), weights)
+            margin = margin.reshape(-1, 1).expand_as(chosen)
+        loss = weigh(bradley_terry(chosen, rejected, margin=margin).mean(-1), weights)
+        chosen, rejected = chosen.mean(-1), rejected.mean(-1)
         metrics = {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
@@ -113,7 +120,11 @@ class RewardTrainer(LossTrainer):
         return loss, {name: weigh(x, weights) for name, x in metrics.items()}, outputs
 
     def prediction_step(
-        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The loss, the probabilities of the two answers [B, 2], and zeros [B]: the first should win."""
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -121,14 +132,14 @@ class RewardTrainer(LossTrainer):
         if prediction_loss_only:
             return loss.detach(), None, None
         kept = [x for name, x in outputs.items() if name not in (ignore_keys or ())]
-        probabilities = promote(torch.cat(kept, -1)).softmax(-1)
+        probabilities = promote(torch.stack([x.mean(-1) for x in kept], -1)).softmax(-1)
         return loss.detach(), probabilities, probabilities.new_zeros(len(probabilities))
 
 
-def _logits(model: nn.Module, inputs: dict[str, Any], side: str) -> Tensor:
+def _logits(model: nn.Module, inputs: Mapping[str, Any], side: str) -> Tensor:
     ids, mask = inputs[f"input_ids_{side}"], inputs[f"attention_mask_{side}"]
     logits = model(input_ids=ids, attention_mask=mask, return_dict=True)["logits"]
-    if logits.shape != (len(ids), 1):
+    if logits.dim() != 2:
         raise ValueError(
             f"the model's logits have shape {tuple(logits.shape)}, but must be [{len(ids)}, 1], num_labels=1"
         )
@@ -147,7 +158,9 @@ def _max_length(args: TrainingArguments, max_length: int | None) -> int | None:
         warnings.warn(
             "The argument `max_length` is deprecated: set it in the RewardConfig.", FutureWarning, stacklevel=3
         )
-    return own if max_length is None else max_length
+    max_length = own if max_length is None else max_length
+    check_tokens("max_length", max_length)
+    return max_length
 
 
 def _collator(args: TrainingArguments, tokenizer: Any, max_length: int | None) -> RewardDataCollatorWithPadding:

@@ -11,6 +11,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import AutoTokenizer
 
 from alignkit.trl.extras.dataset_formatting import get_formatting_func_from_dataset
+from alignkit.trl.trainer.checks import check_tokens
 from alignkit.trl.trainer.constant_length_dataset import ConstantLengthDataset
 
 PACKED = Features({name: List(Value("int64")) for name in ("input_ids", "labels")})
@@ -60,9 +61,17 @@ def length_of(length: int | None, tokenizer: Any) -> int:
     if length is None:
         length = min(tokenizer.model_max_length, 1024)
         warnings.warn(f"You gave no `max_seq_length`: it is {length}.", stacklevel=4)
-    if length < 1:
-        raise ValueError(f"max_seq_length={length} must be at least 1 token")
+    check_tokens("max_seq_length", length)
     return length
+
+
+def checked_kwargs(dataset_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """The `dataset_kwargs`. Raises ValueError for one that there is not."""
+    known = ("append_concat_token", "add_special_tokens")
+    for name in dataset_kwargs or {}:
+        if name not in known:
+            raise ValueError(f"dataset_kwargs may hold {' and '.join(known)}, not {name!r}")
+    return dataset_kwargs or {}
 
 
 def prepare_all(
@@ -145,6 +154,10 @@ def _tokens(rows: Any, tokenizer: Any, options: TextOptions) -> dict[str, Any]:
         raise ValueError(
             "The `formatting_func` should return a list of processed strings since it can lead to silent bugs."
         )
+    for text in texts:
+        if not isinstance(text, str):
+            source = f"dataset_text_field={options.dataset_text_field!r}" if func is None else "formatting_func"
+            raise ValueError(f"{source} must give strings, but there is a {type(text).__name__}: {text!r:.200}")
     encoded = tokenizer(texts, add_special_tokens=special, truncation=True, max_length=options.max_seq_length)
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 

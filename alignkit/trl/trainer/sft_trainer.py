@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import TrainingArguments
 
-from alignkit.hf.models import without_adapter
+from alignkit.hf.loading import without_adapter
 from alignkit.hf.trainer import LossTrainer
 from alignkit.logps import token_logps, vocab_mean_logps
 from alignkit.losses.supervised import nll, smoothed_nll
+from alignkit.trl.trainer import neftune
+from alignkit.trl.trainer.checks import MAPPED, check_arguments, check_datasets
 from alignkit.trl.trainer.completion_collator import DataCollatorForCompletionOnlyLM, TextCollator
-from alignkit.trl.trainer.neftune import removed_after
 from alignkit.trl.trainer.peft_setup import load, wrap
-from alignkit.trl.trainer.sft_data import TextOptions, length_of, prepare_all, tokenizer_of
+from alignkit.trl.trainer.sft_data import TextOptions, checked_kwargs, length_of, prepare_all, tokenizer_of
 from alignkit.types import Batch, Metrics
 from alignkit.weights import token_mean, weigh
 
@@ -68,6 +69,8 @@ class SFTTrainer(LossTrainer):
         processing_class: Any = None,
         eval_packing: bool | None = None,
     ):
+        check_arguments(model, args, tokenizer or processing_class, data_collator, names=True)
+        check_datasets(train_dataset, eval_dataset, MAPPED)
         args = TrainingArguments("tmp_trainer") if args is None else args
         packing = bool(packing)
         packings = {"train": packing, "eval": packing if eval_packing is None else eval_packing}
@@ -91,7 +94,7 @@ class SFTTrainer(LossTrainer):
             dataset_num_proc=dataset_num_proc,
             dataset_batch_size=dataset_batch_size,
             remove_unused_columns=bool(args.remove_unused_columns),
-            **(dataset_kwargs or {}),
+            **checked_kwargs(dataset_kwargs),
         )
         with args.main_process_first(desc="dataset preparation"):
             train_dataset, eval_dataset = prepare_all(train_dataset, eval_dataset, tokenizer, options, packings, args)
@@ -113,8 +116,10 @@ class SFTTrainer(LossTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, which leaves no noise of NEFTune behind, whatever happens."""
-        with removed_after(self):
+        with neftune.removed_after(self):
             return super().train(*args, **kwargs)
+
+    _trl_activate_neftune = neftune.activate
 
     def call_model_init(self, trial: Any = None) -> Any:
         """The model of `model_init`, with its adapter."""

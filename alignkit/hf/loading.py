@@ -1,0 +1,103 @@
+"""Models and tokenizers from folders, hub ids, or built in; adapters put on or merged."""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from alignkit.hf import builtin
+from alignkit.hf.processes import process
+
+Finish = Callable[[Any, Any], Any]
+
+
+def open_model(
+    model: str | Path,
+    *,
+    dtype: str,
+    lora: int | PeftConfig | None,
+    dropout: bool,
+    seed: int,
+    task_type: str = "CAUSAL_LM",
+    finish: Finish | None = None,
+) -> tuple[Any, Any]:
+    """A Hugging Face model on this process's device and its tokenizer; the arguments are those of `causal_lm`.
+
+    `finish(lm, tokenizer)` makes something else of the causal language model, or classifier, that was read; adapters
+    for `task_type` come after it.
+    """
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is not a floating-point dtype of torch; use e.g. float32 or bfloat16")
+    if isinstance(lora, int) and lora < 0:
+        raise ValueError(f"lora={lora} must be a rank, or 0 for none")
+    with warnings.catch_warnings(), nullcontext() if sys.stderr.isatty() else without_bars():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft reads the old name
+        lm, tokenizer = _load(str(model), kind, seed, finish)
+        if isinstance(lora, int) and lora > 0:
+            lora = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type=task_type)
+        if lora:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                lm = get_peft_model(lm, lora)
+    if not dropout:
+        for module in lm.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    return lm.to(process().device), tokenizer
+
+
+def without_adapter(lm: Any) -> Any:
+    """The model that an adapter is wrapped around, or the model itself."""
+    return lm.get_base_model() if isinstance(lm, PeftModel) else lm
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Loading and saving without progress bars of their own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _load(name: str, dtype: torch.dtype, seed: int, finish: Finish | None) -> tuple[Any, Any]:
+    if name.startswith("builtin:"):
+        lm, tokenizer = builtin.tiny(name, dtype, seed)
+        return finish(lm, tokenizer) if finish else lm, tokenizer
+    folder = Path(name)
+    if not folder.is_dir() and (folder.is_absolute() or name.count("/") > 1 or name.startswith((".", "~", "runs/"))):
+        raise ValueError(f"model={name!r} is neither a folder that exists, nor a hub id, nor 'builtin:tiny'")
+    adapter = folder / "adapter_config.json"
+    try:
+        if adapter.exists():
+            config = json.loads(adapter.read_text())
+            scores = config["task_type"] == "SEQ_CLS"
+            base, tokenizer = _load(config["base_model_name_or_path"], dtype, seed, finish if scores else None)
+            lm = PeftModel.from_pretrained(base, name).merge_and_unload().requires_grad_(True)
+        else:
+            scores = "ForSequenceClassification" in str(AutoConfig.from_pretrained(name).architectures)
+            auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+            lm = auto.from_pretrained(name, dtype=dtype)
+        if not adapter.exists() or (folder / "tokenizer_config.json").exists():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model={name!r} is no folder that holds a model, nor a hub id within reach: {reason}"
+        ) from error
+    if scores and not finish:
+        raise ValueError(f"model={name!r} is a reward model, but must be a causal language model")
+    return finish(lm, tokenizer) if finish else lm, tokenizer
