@@ -117,7 +117,7 @@ class LossTrainer(Trainer):
         state, index = self.accelerator.gradient_state, self.accelerator.process_index
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return rows
-        return min(max(state.remainder - index * rows, 0), rows)
+        return min(max(int(state.remainder) - int(index) * rows, 0), rows)
 
     def _gather(self, masks: list[Tensor]) -> tuple[list[list[Tensor]], int]:
         if self.accelerator.num_processes == 1:

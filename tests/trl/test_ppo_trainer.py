@@ -189,6 +189,12 @@ BAD = {
 }
 
 
+def test_scores_that_are_not_finite(trainer):
+    t = trainer()
+    with pytest.raises(ValueError, match=r"scores\[2\] is nan"):
+        t.step(**batch(scores=[torch.tensor(x) for x in (1.0, 0.0, float("nan"), 2.0)]))
+
+
 @pytest.mark.parametrize("case", golden("ppo_safety_checker")["cases"], ids=lambda c: c["name"])
 def test_safety_checker(case, trainer):
     t = trainer()

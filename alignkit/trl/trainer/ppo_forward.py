@@ -57,11 +57,14 @@ def _check_column(name: str, column: Any, batch_size: int | None) -> None:
 
 
 def stack_scores(scores: Sequence[Tensor]) -> Tensor:
-    """The scores as one tensor [B]. Raises ValueError if a response has several."""
+    """The scores as one tensor [B]. Raises ValueError if a response has several, or one that is not finite."""
     for i, score in enumerate(scores):
         if score.dim():
             raise ValueError(f"scores[{i}] must be one number, not of shape {tuple(score.shape)}")
-    return torch.stack([score.float() for score in scores])
+    stacked = torch.stack([score.float() for score in scores])
+    for i in (~stacked.isfinite()).nonzero()[:1].flatten().tolist():
+        raise ValueError(f"scores[{i}] is {stacked[i]:g}: a step on it would make every parameter nan")
+    return stacked
 
 
 def prepare_model_inputs(trainer: Any, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
-from accelerate.utils.deepspeed import DummyOptim, DummyScheduler
+from accelerate.utils.deepspeed import DummyOptim
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
@@ -34,7 +34,7 @@ def check_arguments(
         ("ref_model", ref_model, (PreTrainedModelWrapper,), False),
         ("dataset", dataset, data, False),
         ("optimizer", optimizer, (torch.optim.Optimizer, DummyOptim), False),
-        ("lr_scheduler", lr_scheduler, (LRScheduler, DummyScheduler), False),
+        ("lr_scheduler", lr_scheduler, (LRScheduler,), False),
     ]
     for name, value, kinds, needed in table:
         if not isinstance(value, kinds) and (needed or value is not None):
