@@ -164,20 +164,21 @@ def frozen(policy: Policy) -> nn.Module:
 
 
 def save(policy: Wrapper, tokenizer: Any, folder: str | Path) -> None:
-    """Write the model inside (or its adapter) and the tokenizer as a plain Hugging Face folder; main process only.
+    """Write the model inside (or its adapter) and the tokenizer as a plain Hugging Face folder.
 
-    A value head goes into a file of its own beside them.
+    A value head goes into a file of its own beside them. The main process writes, the others wait for it.
     """
     if process().is_main_process:
         with without_bars():
             policy.lm.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_value_head(policy, folder)
+    process().wait_for_everyone()
 
 
 def save_value_head(policy: nn.Module, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write the value head, if there is one, from the policy or from its whole `state`."""
-    if isinstance(policy, ActorCritic):
+    """Write the value head, if there is one, from the policy or from its whole `state`; main process only."""
+    if isinstance(policy, ActorCritic) and process().is_main_process:
         state = policy.state_dict() if state is None else state
         head = {name: state[f"value_head.{name}"].contiguous() for name in ("weight", "bias")}
         save_file(head, Path(folder) / VALUE_HEAD)
