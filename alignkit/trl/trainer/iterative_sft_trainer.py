@@ -20,11 +20,10 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from alignkit.hf.trainer import LossTrainer
-from alignkit.logps import token_logps, vocab_mean_logps
-from alignkit.losses.supervised import nll, smoothed_nll
 from alignkit.train import add_metrics
 from alignkit.trl.trainer.checks import check_arguments, check_datasets, check_tokens
 from alignkit.trl.trainer.iterative_sft_data import IGNORED, Labelled, Padding, checked, step_rows
+from alignkit.trl.trainer.label_loss import label_nll
 from alignkit.types import Batch, Metrics
 from alignkit.weights import token_mean, weigh
 
@@ -141,10 +140,7 @@ class IterativeSFTTrainer(LossTrainer):
         outputs = model(**inputs, use_cache=False)
         logits = outputs.logits[:, -labels.shape[-1] :]  # prompt tuning puts virtual tokens before them
         logits = pad(logits, (0, 0, 0, 1)) if self.is_encoder_decoder else logits
-        losses, smoothing = nll(token_logps(logits, targets, mask)), self.args.label_smoothing_factor
-        if smoothing:
-            losses = smoothed_nll(-losses, vocab_mean_logps(logits, mask), smoothing=smoothing)
-        loss = weigh(losses, weights)
+        loss = weigh(label_nll(logits, targets, mask, self.args.label_smoothing_factor), weights)
         if model.training:
             add_metrics(self._losses, {"loss": loss})
         return loss, {}, outputs

@@ -12,11 +12,10 @@ from transformers import TrainingArguments
 
 from alignkit.hf.loading import without_adapter
 from alignkit.hf.trainer import LossTrainer
-from alignkit.logps import token_logps, vocab_mean_logps
-from alignkit.losses.supervised import nll, smoothed_nll
 from alignkit.trl.trainer import neftune
 from alignkit.trl.trainer.checks import MAPPED, check_arguments, check_datasets
 from alignkit.trl.trainer.completion_collator import DataCollatorForCompletionOnlyLM, TextCollator
+from alignkit.trl.trainer.label_loss import label_nll
 from alignkit.trl.trainer.peft_setup import load, wrap
 from alignkit.trl.trainer.sft_data import TextOptions, checked_kwargs, length_of, prepare_all, tokenizer_of
 from alignkit.types import Batch, Metrics
@@ -143,11 +142,7 @@ class SFTTrainer(LossTrainer):
         logits = logits[:, -labels.shape[1] :]  # prompt tuning puts virtual tokens before them
         if self._encoder_decoder:  # whose logits predict the token in their own place
             logits, labels, weights = pad(logits, (0, 0, 0, 1)), pad(labels, (1, 0)), pad(weights, (1, 0))
-        mask, smoothing = weights != 0, self.args.label_smoothing_factor
-        losses = nll(logps := token_logps(logits, labels, mask))
-        if smoothing:
-            losses = smoothed_nll(logps, vocab_mean_logps(logits, mask), smoothing=smoothing)
-        loss = weigh(losses, weights)
+        loss = weigh(label_nll(logits, labels, weights != 0, self.args.label_smoothing_factor), weights)
         if isinstance(outputs, Mapping) and outputs.get("aux_loss") is not None:  # a mixture of experts asked for it
             loss = loss + self.model.config.get_text_config().router_aux_loss_coef * outputs["aux_loss"] * weights.sum()
         accurate = logits.detach().argmax(-1).roll(1, -1) == labels
