@@ -54,7 +54,7 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> Any:
         return main(**options)
     except ValueError as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if not frame.f_code.co_filename.startswith(str(Path(__file__).parent)):
+        if not frame.f_code.co_filename.startswith((str(Path(__file__).parent), str(_folder()))):
             raise
         _fail(str(error))
 
@@ -119,11 +119,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(status)
 
 
-def _recipes() -> list[Path]:
+def _folder() -> Path:
     """The installed recipes, or those of the checkout."""
     here = Path(__file__).parent
-    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
-    return sorted(path for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    return here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
+
+
+def _recipes() -> list[Path]:
+    return sorted(path for path in _folder().glob("*.py") if not path.stem.startswith("_"))
 
 
 def _find(name: str) -> Path:

@@ -1,3 +1,4 @@
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,14 @@ def test_errors_of_alignkit_are_one_line_and_others_are_not_hidden(capsys):
     assert capsys.readouterr().err.startswith("error: max_length=0 must be at least 2")
     with pytest.raises(ValueError, match="a bug"):
         cli.run(theirs, [])
+
+
+def test_checks_of_a_recipe_are_one_line(capsys):
+    main = runpy.run_path(str(cli._find("best_of_n")))["main"]
+    with pytest.raises(SystemExit) as exit:
+        cli.run(main, ["--n", "0"])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: n=0 must be at least 1, and rows=256 at least n\n"
 
 
 def test_list(capsys):

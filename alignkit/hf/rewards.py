@@ -54,7 +54,10 @@ def _of_texts(fn: Callable[..., Sequence[float]], name: str) -> Score:
 
 
 def _of_model(name: str, dtype: str, rows: int) -> Score:
-    scorer, own = reward_model(name, dtype=dtype)
+    try:
+        scorer, own = reward_model(name, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"model={name!r}", f"reward={name!r}", 1)) from error
 
     def score(tokenizer: Any, prompts: Sequence[Any], ids: Tensor, mask: Tensor) -> Tensor:
         if not tokenizer.get_vocab().items() <= own.get_vocab().items():

@@ -171,7 +171,7 @@ def test_rewards_of_functions_and_the_built_in_one(tmp_path, tokenizer):
         ("builtin:x", "the built-in reward is 'builtin:sentiment'"),
         ("no/such.py:f", "there is no file no/such.py"),
         (f"{__file__}:nothing", "has no function 'nothing'"),
-        ("./no/folder", "no/folder"),
+        ("./no/folder", "reward='./no/folder' is neither a folder that exists"),
     ],
 )
 def test_a_reward_that_is_not_there(reward, message):
