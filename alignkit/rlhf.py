@@ -60,8 +60,8 @@ def rlhf(
 
 def best_of_n(policy: Any, tokenizer: Any, prompts: list[str], reward: str, *, seed: int) -> list[Measured]:
     """The true reward of the answer that the reward model likes best among 1, 2, 4, ..., `BEST_OF`."""
-    score, true, learned, texts = hf.reward_fn(reward), hf.reward_fn("builtin:sentiment"), [], []
-    columns = []
+    score, true = hf.reward_fn(reward), hf.reward_fn("builtin:sentiment")
+    columns, texts = [], []
     for i in range(BEST_OF):
         ids, mask = hf.sample(policy, tokenizer, prompts, max_new=MAX_NEW, seed=seed, step=i + 1)
         columns.append((score(tokenizer, prompts, ids, mask), true(tokenizer, prompts, ids, mask)))

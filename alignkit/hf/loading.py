@@ -40,8 +40,7 @@ def open_model(
         raise ValueError(f"dtype={dtype!r} is not a floating-point dtype of torch; use e.g. float32 or bfloat16")
     if isinstance(lora, int) and lora < 0:
         raise ValueError(f"lora={lora} must be a rank, or 0 for none")
-    with warnings.catch_warnings(), nullcontext() if sys.stderr.isatty() else without_bars():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft reads the old name
+    with quiet_peft(), nullcontext() if sys.stderr.isatty() else without_bars():
         lm, tokenizer = _load(str(model), kind, seed, finish)
         if isinstance(lora, int) and lora > 0:
             lora = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type=task_type)
@@ -59,6 +58,14 @@ def open_model(
 def without_adapter(lm: Any) -> Any:
     """The model that an adapter is wrapped around, or the model itself."""
     return lm.get_base_model() if isinstance(lm, PeftModel) else lm
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Adapters put on without the warning that peft reads an old name of the model's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
 
 
 @contextmanager

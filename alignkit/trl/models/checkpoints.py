@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from alignkit.hf.loading import quiet_peft
 from alignkit.hf.processes import process
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -50,7 +51,8 @@ def load(auto: Any, name: str, is_trainable: bool, *args: Any, **kwargs: Any) ->
         return auto.from_pretrained(name, *args, **kwargs), saved_head(name, FILES, **hub)
     base = PeftConfig.from_pretrained(str(Path(adapter).parent)).base_model_name_or_path
     lm = auto.from_pretrained(base, *args, **kwargs)
-    lm = _quietly(PeftModel.from_pretrained, lm, name, is_trainable=is_trainable, token=token)
+    with quiet_peft():
+        lm = PeftModel.from_pretrained(lm, name, is_trainable=is_trainable, token=token)
     return lm, saved_head(name, FILES, token=token)
 
 
@@ -63,13 +65,8 @@ def with_adapter(lm: Any, config: PeftConfig | None, kbit_kwargs: dict[str, Any]
         return lm
     if getattr(lm, "is_loaded_in_8bit", False) or getattr(lm, "is_loaded_in_4bit", False):
         lm = prepare_model_for_kbit_training(lm, **kbit_kwargs)
-    return _quietly(get_peft_model, lm, config)
-
-
-def _quietly(wrap: Any, *args: Any, **kwargs: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft reads the old name
-        return wrap(*args, **kwargs)
+    with quiet_peft():
+        return get_peft_model(lm, config)
 
 
 def saved_head(name: str, files: Iterable[str], **hub: Any) -> dict[str, Tensor]:

@@ -24,6 +24,13 @@ def check_arguments(model: Any, args: Any, tokenizer: Any, data_collator: Any, *
         raise TypeError(f"data_collator must be a function of a list of rows, but is a {type(data_collator).__name__}")
 
 
+def one_tokenizer(tokenizer: Any, processing_class: Any) -> Any:
+    """The tokenizer given under either name, or None. Raises ValueError for two different ones."""
+    if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
+        raise ValueError("tokenizer and processing_class are two names of one argument: give one of them")
+    return processing_class if tokenizer is None else tokenizer
+
+
 def check_datasets(train: Any, evaluation: Any, kinds: tuple[type, ...] = (object,)) -> None:
     """Raise ValueError for a dataset without rows, TypeError for one of another kind, such as all splits at once."""
     named = {"train_dataset": train}

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from alignkit.trl.trainer.checks import check_tokens
+from alignkit.trl.trainer.checks import check_tokens, one_tokenizer
 from alignkit.trl.trainer.dpo_collator import DPODataCollatorWithPadding
 from alignkit.trl.trainer.dpo_losses import known
 from alignkit.trl.trainer.dpo_reference import disable_dropout_in_model
@@ -96,9 +96,7 @@ def limits(
 
 def tokenizer_of(tokenizer: Any, processing_class: Any) -> Any:
     """The one of both that was given."""
-    if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
-        raise ValueError("tokenizer and processing_class are two names of one argument, but were given two objects")
-    tokenizer = processing_class if tokenizer is None else tokenizer
+    tokenizer = one_tokenizer(tokenizer, processing_class)
     if tokenizer is None:
         raise ValueError("tokenizer must be specified to tokenize a DPO dataset.")
     return tokenizer

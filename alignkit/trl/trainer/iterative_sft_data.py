@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from alignkit.trl.trainer.checks import one_tokenizer
 from alignkit.types import Batch
 
 IGNORED = -100
@@ -27,9 +28,7 @@ UNUSED = {
 
 def checked(model: Any, args: Any, tokenizer: Any, processing_class: Any, optimizers: Any) -> Any:
     """The tokenizer, if it and the others are what they must be."""
-    if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
-        raise ValueError("tokenizer and processing_class are two names of one argument: give one of them")
-    tokenizer = processing_class if tokenizer is None else tokenizer
+    tokenizer = one_tokenizer(tokenizer, processing_class)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(
             "tokenizer must be a PreTrainedTokenizerBase like a PreTrainedTokenizer or a PreTrainedTokenizerFast, "

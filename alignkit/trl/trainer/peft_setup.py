@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM
 
+from alignkit.hf.loading import quiet_peft
 from alignkit.trl.models.checkpoints import reading
 
 
@@ -48,8 +49,7 @@ def wrap(model: Any, peft_config: Any, args: Any = None) -> Any:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if getattr(args, "gradient_checkpointing", False):
         _require_input_grads(model)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft reads the old name
+    with quiet_peft():
         return get_peft_model(model, peft_config)
 
 

@@ -15,13 +15,6 @@ from alignkit.trl.models.modeling_base import PreTrainedModelWrapper, create_ref
 from alignkit.trl.trainer.ppo_config import PPOConfig
 
 
-def one_tokenizer(tokenizer: Any, processing_class: Any) -> Any:
-    """The tokenizer under either name. Raises ValueError for two different ones."""
-    if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
-        raise ValueError("tokenizer and processing_class are names of the same argument: give one of them")
-    return processing_class if tokenizer is None else tokenizer
-
-
 def check_arguments(
     config: Any, model: Any, ref_model: Any, tokenizer: Any, dataset: Any, optimizer: Any, lr_scheduler: Any
 ) -> None:

@@ -12,6 +12,7 @@ from transformers import DataCollatorForLanguageModeling
 from alignkit.train import split
 from alignkit.trl import core
 from alignkit.trl.trainer import ppo_forward, ppo_generation, ppo_hub, ppo_loss, ppo_setup, ppo_stats, ppo_step
+from alignkit.trl.trainer.checks import one_tokenizer
 from alignkit.trl.trainer.controllers import AdaptiveKLController, FixedKLController, RunningMoments
 
 
@@ -40,7 +41,7 @@ class PPOTrainer:
         processing_class: Any = None,
         training_data_collator: Any = None,
     ):
-        tokenizer = ppo_setup.one_tokenizer(tokenizer, processing_class)
+        tokenizer = one_tokenizer(tokenizer, processing_class)
         ppo_setup.check_arguments(config, model, ref_model, tokenizer, dataset, optimizer, lr_scheduler)
         core.set_seed(config.seed)
         self.config, self.model, self.tokenizer, self.dataset = config, model, tokenizer, dataset

@@ -12,7 +12,7 @@ from alignkit.hf.trainer import LossTrainer
 from alignkit.losses.reward import bradley_terry
 from alignkit.masking import promote
 from alignkit.trl.import_utils import is_peft_available
-from alignkit.trl.trainer.checks import check_arguments, check_datasets, check_tokens
+from alignkit.trl.trainer.checks import check_arguments, check_datasets, check_tokens, one_tokenizer
 from alignkit.trl.trainer.reward_collator import RewardDataCollatorWithPadding, compute_accuracy
 from alignkit.trl.trainer.reward_config import RewardConfig
 from alignkit.types import Batch, Metrics
@@ -54,9 +54,7 @@ class RewardTrainer(LossTrainer):
         check_arguments(model, args, tokenizer or processing_class, data_collator)
         check_datasets(train_dataset, eval_dataset)
         args = RewardConfig("tmp_trainer") if args is None else args
-        if tokenizer is not None and processing_class not in (None, tokenizer):
-            raise ValueError("tokenizer and processing_class are two names of one argument: give one of them")
-        tokenizer = processing_class if tokenizer is None else tokenizer
+        tokenizer = one_tokenizer(tokenizer, processing_class)
         max_length = _max_length(args, max_length)
         for name, why in UNUSED.items():
             if getattr(args, name) not in (0, None):

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import AutoTokenizer
 
 from alignkit.trl.extras.dataset_formatting import get_formatting_func_from_dataset
-from alignkit.trl.trainer.checks import check_tokens
+from alignkit.trl.trainer.checks import check_tokens, one_tokenizer
 from alignkit.trl.trainer.constant_length_dataset import ConstantLengthDataset
 
 PACKED = Features({name: List(Value("int64")) for name in ("input_ids", "labels")})
@@ -37,9 +37,7 @@ def tokenizer_of(model: Any, tokenizer: Any, processing_class: Any) -> Any:
 
     Raises ValueError for two different ones and where there is none; warns if it pads on the left.
     """
-    if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
-        raise ValueError("tokenizer and processing_class are two names of one argument, but were given two objects")
-    tokenizer = processing_class if tokenizer is None else tokenizer
+    tokenizer = one_tokenizer(tokenizer, processing_class)
     if tokenizer is None:
         name = getattr(getattr(model, "config", None), "_name_or_path", "")
         if not name:
