@@ -41,11 +41,10 @@ def demo(
     print(f"3/3  Measuring: {n} answers of each checkpoint")
     reference, tokenizer = hf.causal_lm(sft)
     prompts = hf.prompts("builtin:reviews", split="test")[:n]
-    steps = sorted(int(path.name.split("-")[1]) for path in dpo.glob("checkpoint-*"))
-    measured = []
-    for step in [0, *steps]:
-        policy = hf.causal_lm(dpo / f"checkpoint-{step}")[0] if step else reference
-        measured.append(measure(step, policy, reference, tokenizer, prompts, seed=seed))
+    measured = [
+        measure(0, reference, reference, tokenizer, prompts, seed=seed),
+        *measure_run(dpo, reference, tokenizer, prompts, seed=seed),
+    ]
     (out / "demo.json").write_text(json.dumps([x._asdict() for x in measured], indent=1))
     _plot(measured, out / "demo.png")
     print(_table(measured, prompts))
@@ -69,6 +68,13 @@ def measure(step: int, policy: Any, reference: Any, tokenizer: Any, prompts: lis
     texts = hf.decode(tokenizer, ids, mask)
     log_ratio = infer(policy, ids, mask, rows=64).sum(-1) - infer(reference, ids, mask, rows=64).sum(-1)
     return Measured(step, *interval([hf.sentiment(x) for x in texts]), *interval(log_ratio.tolist()), texts[:4])
+
+
+def measure_run(folder: Path, reference: Any, tokenizer: Any, prompts: list[str], *, seed: int) -> list[Measured]:
+    """Every checkpoint of a run, in their order."""
+    steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+    policies = ((step, hf.causal_lm(folder / f"checkpoint-{step}")[0]) for step in steps)
+    return [measure(step, policy, reference, tokenizer, prompts, seed=seed) for step, policy in policies]
 
 
 def interval(x: list[float]) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from alignkit import hf
-from alignkit.demo import MAX_NEW, Measured, fresh, interval, measure
+from alignkit.demo import MAX_NEW, Measured, fresh, interval, measure, measure_run
 
 BEST_OF = 16
 
@@ -47,10 +47,7 @@ def rlhf(
     start = measure(0, reference, reference, tokenizer, prompts, seed=seed)
     curves = {"best-of-n": best_of_n(reference, tokenizer, prompts, str(reward), seed=seed)}
     for name in sources:
-        steps = sorted(int(path.name.split("-")[1]) for path in (out / name).glob("checkpoint-*"))
-        policies = ((step, hf.causal_lm(out / name / f"checkpoint-{step}")[0]) for step in steps)
-        later = [measure(step, x, reference, tokenizer, prompts, seed=seed) for step, x in policies]
-        curves[name] = [start, *later]
+        curves[name] = [start, *measure_run(out / name, reference, tokenizer, prompts, seed=seed)]
     (out / "rlhf.json").write_text(json.dumps({name: [x._asdict() for x in xs] for name, xs in curves.items()}))
     _plot(curves, out / "rlhf.png")
     print(_table(curves))

@@ -1,6 +1,7 @@
 """The training arguments of a recipe: made, checked, and what they say of a checkpoint."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,16 @@ def arguments(
 
 def check(args: TrainingArguments) -> None:
     """Raise ValueError for a training argument that could not act on a stream of batches."""
-    for name, why in UNUSED.items():
-        if getattr(args, name, None) not in (type(args).__dataclass_fields__[name].default, None):
-            raise ValueError(f"the training argument {name} has no effect here: {why}")
+    refuse(args, UNUSED)
     if args.max_steps > 0 and args.num_train_epochs != type(args).__dataclass_fields__["num_train_epochs"].default:
         raise ValueError(f"num_train_epochs has no effect beside max_steps={args.max_steps}; give the number of steps")
+
+
+def refuse(args: TrainingArguments, unused: Mapping[str, str]) -> None:
+    """Raise ValueError, with the reason, for a training argument of `unused` that is not at its default."""
+    for name, why in unused.items():
+        if getattr(args, name, None) not in (type(args).__dataclass_fields__[name].default, None):
+            raise ValueError(f"the training argument {name} has no effect here: {why}")
 
 
 def to_resume(args: TrainingArguments) -> str | None:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, has_
 from alignkit.hf.arguments import check, to_resume
 from alignkit.hf.callbacks import Interrupt, Log, Print, Progress
 from alignkit.hf.loading import without_bars
-from alignkit.hf.models import load_value_head, save_value_head
+from alignkit.hf.models import Wrapper, load_value_head, save_value_head
 from alignkit.hf.processes import process
 from alignkit.hf.trainer import LossTrainer
 from alignkit.train import add_metrics, check_columns, check_loss, split
@@ -157,7 +157,7 @@ class _Trainer(LossTrainer):
     def _inside(self, method: Callable[..., None], *args: Any) -> None:
         """Let the Trainer save and load a policy as the plain model inside it."""
         outer = self.model
-        self.model = getattr(outer, "lm", outer)
+        self.model = outer.lm if isinstance(outer, Wrapper) else outer
         try:
             with without_bars():
                 method(*args)

@@ -73,7 +73,7 @@ class Policy(Wrapper):
         """
         return self._logps_and_hidden(ids, mask)[0]
 
-    def _logps_and_hidden(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _logps_and_hidden(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         self._check_length(ids)
         time = ids.shape[-1]
         rows, counts = ids.reshape(-1, time), mask.reshape(-1, time)
@@ -83,9 +83,9 @@ class Policy(Wrapper):
             logps = head_logps(hidden, head.weight, rows, counts, bias=head.bias)
         else:
             out = self.lm(input_ids=rows, use_cache=False, output_hidden_states=self._needs_hidden)
-            hidden = out.hidden_states[-1][:, -time:] if self._needs_hidden else rows
+            hidden = out.hidden_states[-1][:, -time:] if self._needs_hidden else None
             logps = token_logps(out.logits[:, -time:], rows, counts)
-        return logps.reshape(ids.shape), hidden.unflatten(0, ids.shape[:-1])
+        return logps.reshape(ids.shape), hidden
 
 
 class ActorCritic(Policy):
@@ -108,7 +108,7 @@ class ActorCritic(Policy):
     ) -> tuple[Float[Tensor, "*batch time"], Float[Tensor, "*batch time"]]:
         """Log-probs as a policy's, and values at every position but 0, where nothing was read."""
         logps, hidden = self._logps_and_hidden(ids, mask)
-        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+        values = self.value_head(hidden.to(self.value_head.weight.dtype)).reshape(ids.shape)
         return logps, pad(values[..., :-1], (1, 0))
 
 

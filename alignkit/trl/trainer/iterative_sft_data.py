@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from alignkit.hf.arguments import refuse
 from alignkit.trl.trainer.checks import one_tokenizer
 from alignkit.types import Batch
 
@@ -38,9 +39,7 @@ def checked(model: Any, args: Any, tokenizer: Any, processing_class: Any, optimi
         raise ValueError(f"model must be a PreTrainedModel, got {type(model)}")
     if not model.can_generate():
         warnings.warn(f"{type(model)} cannot `.generate()`; make sure that this is intended", stacklevel=3)
-    for name, why in UNUSED.items():
-        if getattr(args, name):
-            raise ValueError(f"the training argument {name} has no effect here: {why}")
+    refuse(args, UNUSED)
     if optimizers[1] is None and args.max_steps <= 0:
         raise ValueError(
             "When no scheduler is provided, you need to set the total number of training steps to perform `max_steps`"

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import has_length
 
 from alignkit.train import evaluating
+from alignkit.trl.trainer.checks import check_padding
 
 
 def prepare_dataloader(trainer: Any, dataset: Any, data_collator: Callable[..., Any] | None = None) -> DataLoader:
@@ -85,8 +86,7 @@ def _batches(tokenizer: Any, prompts: Any, batch_size: int) -> list[list[Tensor]
         raise ValueError("query_tensor is an empty list: give at least one prompt")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    if tokenizer.pad_token_id is None:
-        raise ValueError("tokenizer has no pad token, which batches need: set tokenizer.pad_token")
+    check_padding(tokenizer)
     prompts = [_checked(f"query_tensor[{i}]", prompt) for i, prompt in enumerate(prompts)]
     return [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
 
