@@ -2,10 +2,13 @@ PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = alignkit recipes tests
 
-.PHONY: demo demo-rlhf test test-slow test-bench lint docs-check docs
+.PHONY: demo demo-rl demo-rlhf test test-slow test-bench lint docs-check docs
 
 demo: .venv/.done
 	OMP_NUM_THREADS=1 $(BIN)/alignkit demo
+
+demo-rl: .venv/.done
+	OMP_NUM_THREADS=1 $(BIN)/alignkit demo rl
 
 demo-rlhf: .venv/.done
 	OMP_NUM_THREADS=1 $(BIN)/alignkit demo rlhf

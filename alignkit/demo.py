@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignkit import hf
+from alignkit.sampling import Sampling
 from alignkit.train import infer
 
-MAX_NEW = 64
+SAMPLING = Sampling(max_new=64)
 
 
 class Measured(NamedTuple):
@@ -39,7 +40,7 @@ def demo(
     sft, dpo = out / "sft", out / "dpo"
     run("dpo", model=str(sft), out=str(dpo), steps=dpo_steps, seed=seed, save_steps=max(dpo_steps // 4, 1))
     print(f"3/3  Measuring: {n} answers of each checkpoint")
-    reference, tokenizer = hf.causal_lm(sft)
+    reference, tokenizer = hf.causal_lm(sft, sampling=SAMPLING)
     prompts = hf.prompts("builtin:reviews", split="test")[:n]
     measured = [
         measure(0, reference, reference, tokenizer, prompts, seed=seed),
@@ -62,18 +63,19 @@ def fresh(out: Path, own: set[str]) -> None:
     shutil.rmtree(out, ignore_errors=True)
 
 
-def measure(step: int, policy: Any, reference: Any, tokenizer: Any, prompts: list[str], *, seed: int) -> Measured:
+def measure(step: int, policy: Any, reference: Any, tokenizer: Any, prompts: list[Any], *, seed: int) -> Measured:
     """Sample one answer to each prompt; mean true reward, and mean log(pi / reference) of the answers."""
-    ids, mask = hf.sample(policy, tokenizer, prompts, max_new=MAX_NEW, seed=seed)
+    b = hf.sample(policy, tokenizer, prompts, seed=seed)
+    ids, mask = b["ids"], b["mask"]
     texts = hf.decode(tokenizer, ids, mask)
     log_ratio = infer(policy, ids, mask, rows=64).sum(-1) - infer(reference, ids, mask, rows=64).sum(-1)
     return Measured(step, *interval([hf.sentiment(x) for x in texts]), *interval(log_ratio.tolist()), texts[:4])
 
 
-def measure_run(folder: Path, reference: Any, tokenizer: Any, prompts: list[str], *, seed: int) -> list[Measured]:
+def measure_run(folder: Path, reference: Any, tokenizer: Any, prompts: list[Any], *, seed: int) -> list[Measured]:
     """Every checkpoint of a run, in their order."""
     steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
-    policies = ((step, hf.causal_lm(folder / f"checkpoint-{step}")[0]) for step in steps)
+    policies = ((step, hf.causal_lm(folder / f"checkpoint-{step}", sampling=SAMPLING)[0]) for step in steps)
     return [measure(step, policy, reference, tokenizer, prompts, seed=seed) for step, policy in policies]
 
 
@@ -82,7 +84,7 @@ def interval(x: list[float]) -> tuple[float, float]:
     return statistics.fmean(x), 1.96 * statistics.stdev(x) / len(x) ** 0.5
 
 
-def _table(measured: list[Measured], prompts: list[str]) -> str:
+def _table(measured: list[Measured], prompts: list[Any]) -> str:
     before, after = measured[0], measured[-1]
     rows = [
         ("", "after SFT", f"after DPO, step {after.step}"),
@@ -91,7 +93,7 @@ def _table(measured: list[Measured], prompts: list[str]) -> str:
     ]
     lines = ["", *(f"{a:24}{b:20}{c}" for a, b, c in rows)]
     for prompt, old, new in zip(prompts, before.samples, after.samples):
-        lines += ["", prompt.split("\n")[0], f"  after SFT: {old.strip()}", f"  after DPO: {new.strip()}"]
+        lines += ["", prompt["prompt"].split("\n")[0], f"  after SFT: {old.strip()}", f"  after DPO: {new.strip()}"]
     return "\n".join(lines)
 
 

@@ -3,9 +3,13 @@
 `logps[..., t] = log p(ids[..., t] | ids[..., :t])`: the logits or hidden states at t - 1 predict token t. The shift
 happens here and nowhere else; position 0, which nothing predicts, and masked positions are 0. The mean over a
 row's tokens (IPO, SimPO) is `masking.masked_mean(logps, mask, -1)`.
+
+With `sampling` the distribution is the one that was sampled: tempered, filtered and renormalised over what is left. The
+token itself is always left, so that rounding at the edge of a filter cannot make what was drawn impossible.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -14,23 +18,23 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from alignkit.masking import promote
+from alignkit.sampling import Sampling, filter_logits
 
 
 def token_logps(
     logits: Float[Tensor, "*batch time vocab"],
     ids: Int[Tensor, "*batch time"],
     mask: Bool[Tensor, "*batch time"],
+    *,
+    sampling: Sampling | None = None,
 ) -> Float[Tensor, "*batch time"]:
     """log_softmax(logits[t - 1])[ids[t]] where `mask[t]`, else 0.
 
-    Of a truncated or tempered sampler: `token_logps(torch.where(kept, logits / temperature, -torch.inf), ids, mask)`
-    with `kept` what could be drawn (top-k, top-p), renormalised over it.
-
-    Elsewhere: slime replays the recorded nucleus, NeMo-RL filters again; others divide by the whole vocabulary, which
-    biases the ratio.
+    Elsewhere: with top-k or top-p, NeMo-RL filters again as here, slime replays the recorded nucleus; others divide by
+    the whole vocabulary, which biases the ratio.
     """
     counted, logits = _predictions(logits, mask)
-    picked = _picked(logits, torch.where(counted, ids[..., 1:], 0))
+    picked = _picked(logits, torch.where(counted, ids[..., 1:], 0), sampling)
     return pad(torch.where(counted, picked, 0), (1, 0))
 
 
@@ -52,14 +56,14 @@ def vocab_mean_logps(
 
 
 def entropy(
-    logits: Float[Tensor, "*batch time vocab"], mask: Bool[Tensor, "*batch time"]
+    logits: Float[Tensor, "*batch time vocab"], mask: Bool[Tensor, "*batch time"], *, sampling: Sampling | None = None
 ) -> Float[Tensor, "*batch time"]:
     """Entropy in nats of the distribution that predicts token t, -sum_v p log p, where `mask[t]`, else 0.
 
     Entries with p = 0 (filtered to -inf) contribute 0.
     """
     counted, logits = _predictions(logits, mask)
-    return pad(torch.where(counted, _entropies(logits), 0), (1, 0))
+    return pad(torch.where(counted, _entropies(logits, None, sampling), 0), (1, 0))
 
 
 def log_sum_sq_probs(
@@ -127,6 +131,7 @@ def head_logps(
     *,
     bias: Float[Tensor, "vocab"] | None = None,
     chunk: int = 512,
+    sampling: Sampling | None = None,
 ) -> Float[Tensor, "*batch time"]:
     """`token_logps(hidden @ weight.T + bias, ids, mask)` without ever holding [..., T, V].
 
@@ -136,7 +141,7 @@ def head_logps(
     """
     counted = mask[..., 1:]
     targets = torch.where(counted, ids[..., 1:], 0)
-    return _head(_picked, hidden, weight, bias, targets, counted, chunk)
+    return _head(partial(_picked, sampling=sampling), hidden, weight, bias, targets, counted, chunk)
 
 
 def head_entropy(
@@ -146,10 +151,11 @@ def head_entropy(
     *,
     bias: Float[Tensor, "vocab"] | None = None,
     chunk: int = 512,
+    sampling: Sampling | None = None,
 ) -> Float[Tensor, "*batch time"]:
     """`entropy(hidden @ weight.T + bias, mask)` without ever holding [..., T, V]; see `head_logps`."""
     counted = mask[..., 1:]
-    return _head(_entropies, hidden, weight, bias, counted.long(), counted, chunk)
+    return _head(partial(_entropies, sampling=sampling), hidden, weight, bias, counted.long(), counted, chunk)
 
 
 def _predictions(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,13 +164,25 @@ def _predictions(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return counted, torch.where(counted[..., None], promote(logits[..., :-1, :]), 0)
 
 
-def _picked(logits: Tensor, targets: Tensor) -> Tensor:
+def _picked(logits: Tensor, targets: Tensor, sampling: Sampling | None = None) -> Tensor:
+    logits = _sampled(logits, targets, sampling)
     return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def _entropies(logits: Tensor, _: Tensor | None = None) -> Tensor:
-    logps = logits.log_softmax(-1)
+def _entropies(logits: Tensor, _: Tensor | None = None, sampling: Sampling | None = None) -> Tensor:
+    logps = _sampled(logits, None, sampling).log_softmax(-1)
     return -(logps.exp() * torch.where(logps > -torch.inf, logps, 0)).sum(-1)
+
+
+def _sampled(logits: Tensor, targets: Tensor | None, sampling: Sampling | None) -> Tensor:
+    """The logits of what could be drawn, the targets among them."""
+    if sampling is None or sampling.is_plain:
+        return logits
+    left = filter_logits(logits, **sampling.filters)
+    if targets is None:
+        return left
+    at = targets[..., None]
+    return left.scatter(-1, at, logits.gather(-1, at) / sampling.temperature)
 
 
 _Statistic: TypeAlias = Callable[[Tensor, Tensor], Tensor]

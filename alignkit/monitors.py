@@ -1,10 +1,77 @@
-"""Signs of reward hacking: what to watch while a policy learns to please a reward model."""
+"""What to watch while a policy learns: how far an update goes, what is sampled, and signs of reward hacking.
+
+Metrics are sums of what is weighed like a loss, so those of micro-batches add up. With `token_mean` and `row_mean` of
+the step's mask they are means, whatever weighs the loss.
+"""
 
 import torch
 from jaxtyping import Bool, Float, Real
 from torch import Tensor
 
-from alignkit.masking import masked_sum, promote
+from alignkit.kl import k3
+from alignkit.masking import finite_exp, lengths, masked_sum, promote
+from alignkit.types import Batch, Metrics
+from alignkit.weights import weigh
+
+
+def policy_metrics(
+    logps: Float[Tensor, "*batch time"],
+    old_logps: Float[Tensor, "*batch time"],
+    advantages: Real[Tensor, "*batch #time"],
+    mask: Bool[Tensor, "*batch time"],
+    tokens: Float[Tensor, "*batch time"],
+    rows: Float[Tensor, "*batch"],
+    *,
+    rewards: Real[Tensor, "*batch"],
+    sampler_logps: Float[Tensor, "*batch time"] | None = None,
+    ref_logps: Float[Tensor, "*batch time"] | None = None,
+    **columns: Tensor,
+) -> Metrics:
+    """What a policy gradient on sampled answers is watched by, weighed with `tokens` or `rows` as in `weigh_each`.
+
+    Of the update: `ratio` = exp(logps - old_logps), `approx_kl` of the old policy to the new (k3), and `advantage`, its
+    size |A|. Of the answers: `reward`, and `length` in tokens. With `ref_logps` the `kl` of the policy that sampled to
+    the reference (k3). With `sampler_logps` how far what sampled computes from it: `sampler_gap`, the size of the
+    difference of log-probs, and `sampler_kl` (k3), both 0 for the same numbers. Any other of `columns`, such as
+    `entropy` or `truncated`, is a metric as it is.
+    """
+    signals = {
+        "reward": rewards,
+        "length": lengths(mask),
+        "advantage": promote(advantages).abs(),
+        "ratio": finite_exp(promote(logps) - promote(old_logps)),
+        "approx_kl": k3(old_logps, logps),
+    }
+    if ref_logps is not None:
+        signals["kl"] = k3(old_logps, ref_logps)
+    if sampler_logps is not None:
+        signals["sampler_gap"] = (promote(old_logps) - promote(sampler_logps)).abs()
+        signals["sampler_kl"] = k3(sampler_logps, old_logps)
+    return weigh_each(signals | columns, tokens, rows)
+
+
+def zero_variance(rewards: Real[Tensor, "*batch group"]) -> Bool[Tensor, "*batch group"]:
+    """Whether all rewards of its group are equal, for each member: with group baselines it teaches nothing.
+
+    Its mean is the share of such groups. `filters.dynamic_sampling` keeps the others.
+
+    Elsewhere: `frac_reward_zero_std` (TRL).
+    """
+    return (rewards == rewards[..., :1]).all(-1, keepdim=True).expand(rewards.shape)
+
+
+def weigh_each(signals: Batch, *weights: Tensor) -> Metrics:
+    """`weights.weigh` of each signal with those weights that have as many axes, such as tokens [B, T] and rows [B].
+
+    Raises ValueError unless exactly one of the weights fits each signal.
+    """
+    shapes, by_axes = [tuple(w.shape) for w in weights], {w.dim(): w for w in weights}
+    if len(by_axes) < len(weights):
+        raise ValueError(f"weights of shapes {shapes}: give one for each number of axes, e.g. of tokens and of rows")
+    for name, x in signals.items():
+        if x.dim() not in by_axes:
+            raise ValueError(f"the signal {name!r} has shape {tuple(x.shape)}, which no weights of {shapes} fit")
+    return {name: weigh(x, by_axes[x.dim()]) for name, x in signals.items()}
 
 
 def correlation(x: Real[Tensor, "*batch n"], y: Real[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from alignkit import hf
-from alignkit.demo import MAX_NEW, Measured, fresh, interval, measure, measure_run
+from alignkit.demo import SAMPLING, Measured, fresh, interval, measure, measure_run
 
 BEST_OF = 16
 
@@ -42,7 +42,7 @@ def rlhf(
         options = {"steps": ppo_steps, "seed": seed, "save_steps": save, "logging_steps": save, "kl_coef": 0.02}
         run("ppo", model=str(sft), reward=source, out=str(out / name), **options)
     print(f"5/5  Measuring: {n} answers of each checkpoint")
-    reference, tokenizer = hf.causal_lm(sft)
+    reference, tokenizer = hf.causal_lm(sft, sampling=SAMPLING)
     prompts = hf.prompts("builtin:reviews", split="test")[:n]
     start = measure(0, reference, reference, tokenizer, prompts, seed=seed)
     curves = {"best-of-n": best_of_n(reference, tokenizer, prompts, str(reward), seed=seed)}
@@ -55,12 +55,13 @@ def rlhf(
     return curves
 
 
-def best_of_n(policy: Any, tokenizer: Any, prompts: list[str], reward: str, *, seed: int) -> list[Measured]:
+def best_of_n(policy: Any, tokenizer: Any, prompts: list[Any], reward: str, *, seed: int) -> list[Measured]:
     """The true reward of the answer that the reward model likes best among 1, 2, 4, ..., `BEST_OF`."""
     score, true = hf.reward_fn(reward), hf.reward_fn("builtin:sentiment")
     columns, texts = [], []
     for i in range(BEST_OF):
-        ids, mask = hf.sample(policy, tokenizer, prompts, max_new=MAX_NEW, seed=seed, step=i + 1)
+        b = hf.sample(policy, tokenizer, prompts, seed=seed, step=i + 1)
+        ids, mask = b["ids"], b["mask"]
         columns.append((score(tokenizer, prompts, ids, mask), true(tokenizer, prompts, ids, mask)))
         texts.append(hf.decode(tokenizer, ids[:4], mask[:4]))
     learned, truth = (torch.stack(x, -1) for x in zip(*columns))  # [prompts, BEST_OF]

@@ -61,7 +61,8 @@ def rollouts(
 def infer(fn: Callable[..., Any], *columns: Tensor, rows: int | None = None) -> Any:
     """`fn(*columns)` without gradient, `rows` rows at a time, joined again along the first axis.
 
-    A module runs in eval mode on its own device, and is left as it was. `fn` returns a tensor or a tuple of tensors.
+    A module, or a method of one, runs in eval mode on the module's device, and is left as it was. `fn` returns a tensor
+    or a tuple of tensors.
     """
     parts = split({str(i): x for i, x in enumerate(columns)}, rows)
     with torch.no_grad(), evaluating(fn) as device:
@@ -174,6 +175,7 @@ def check_loss(out: Any) -> tuple[Tensor, Metrics]:
 @contextmanager
 def evaluating(fn: Any) -> Iterator[torch.device | None]:
     """A module in eval mode, and its device; anything else as it is."""
+    fn = getattr(fn, "__self__", fn)  # of a method
     if not isinstance(fn, nn.Module):
         yield None
         return

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 
 from alignkit import cli, hf
 from alignkit.objectives import max_at_k
+from alignkit.sampling import Sampling
 
 
 def main(
@@ -22,8 +23,7 @@ def main(
     reward: str = "builtin:sentiment",  # folder of a reward model, file.py:function or builtin:sentiment
     n: int = 16,  # answers to each prompt
     limit: int = 256,  # prompts, from the first on
-    max_new: int = 64,  # tokens of an answer
-    temperature: float = 1.0,
+    sampling: Sampling = Sampling(max_new=64),
     rows: int = 256,  # answers sampled at a time
     dtype: str = "float32",  # of the weights
     seed: int = 0,
@@ -31,17 +31,18 @@ def main(
 ):
     if n < 1 or rows < n:
         raise ValueError(f"n={n} must be at least 1, and rows={rows} at least n")
-    policy, tok = hf.causal_lm(model, dtype=dtype, seed=seed)
+    policy, tok = hf.causal_lm(model, dtype=dtype, sampling=sampling, seed=seed)
     score, prompts = hf.reward_fn(reward), hf.prompts(dataset, split=split)[:limit]
     chosen, every = [], []
     with hf.process().split_between_processes(prompts) as mine:
         for start in range(0, len(mine), rows // n):
-            x = [prompt for prompt in mine[start : start + rows // n] for _ in range(n)]
-            ids, mask = hf.sample(policy, tok, x, max_new=max_new, temperature=temperature, seed=seed, step=start)
+            x = mine[start : start + rows // n]
+            b = hf.sample(policy, tok, x, n=n, seed=seed, step=start)
+            ids, mask = b["ids"], b["mask"]
             scores = score(tok, x, ids, mask).view(-1, n)  # [prompts, n]
             best = scores.argmax(-1).cpu() + n * torch.arange(len(scores))
-            for i, answer, s in zip(best.tolist(), hf.decode(tok, ids[best], mask[best]), scores.tolist()):
-                chosen.append({"prompt": x[i], "answer": answer, "score": max(s), "mean_score": sum(s) / n})
+            for row, answer, s in zip(x, hf.decode(tok, ids[best], mask[best]), scores.tolist()):
+                chosen.append({"prompt": row["prompt"], "answer": answer, "score": max(s), "mean_score": sum(s) / n})
             every += scores.tolist()
     chosen, rewards = gather_object(chosen), torch.tensor(gather_object(every))
     if hf.process().is_main_process:

@@ -7,7 +7,7 @@ import torch
 
 from alignkit import cli, hf
 from alignkit.losses.supervised import nll
-from alignkit.train import rollouts
+from alignkit.sampling import Sampling
 from alignkit.weights import row_mean, token_mean, weigh
 
 
@@ -16,8 +16,7 @@ def main(
     dataset: str = "builtin:reviews",  # of prompts: file, hub id or builtin:reviews
     reward: str = "builtin:sentiment",  # folder of a reward model, file.py:function or builtin:sentiment
     n: int = 4,  # answers to each prompt, of which the best is kept
-    max_new: int = 64,  # tokens of an answer
-    temperature: float = 1.0,
+    sampling: Sampling = Sampling(max_new=64),
     rollout: int = 32,  # prompts of a round
     epochs: int = 1,  # passes over their best answers
     batch: int = 32,  # answers of one optimizer step
@@ -29,27 +28,24 @@ def main(
     out: str = "runs/iterative_sft",
     **training,
 ):
-    args = hf.arguments(out, batch=batch, micro=micro, lr=lr, steps=steps, seed=seed, **training)
-    policy, tok = hf.causal_lm(model, lora=lora, seed=seed)
+    args = hf.arguments(out, rollout=rollout, batch=batch, micro=micro, lr=lr, steps=steps, seed=seed, **training)
+    policy, tok = hf.causal_lm(model, sampling=sampling, lora=lora, seed=seed)
     score, prompts = hf.reward_fn(reward), hf.prompts(dataset)
     state = {}
 
     def collect(i):
         x = next(hf.shuffled(prompts, batch=rollout, seed=seed, start=i))
-        x = [prompt for prompt in x for _ in range(n)]
-        ids, mask = hf.sample(policy, tok, x, max_new=max_new, temperature=temperature, seed=seed, step=i)
-        scores = score(tok, x, ids, mask).view(-1, n)  # [prompts, n]
+        b = hf.sample(policy, tok, x, n=n, seed=seed, step=i)
+        scores = score(tok, x, b["ids"], b["mask"]).view(-1, n)  # [prompts, n]
         top = scores.max(-1)
-        best = top.indices + n * torch.arange(len(scores), device=ids.device)
-        return hf.gather(ids=ids[best], mask=mask[best], best=top.values, score=scores.mean(-1))
-
-    def batches(step):
-        return map(hf.share, rollouts(collect, state, size=batch, epochs=epochs, seed=seed, start=step))
+        best = top.indices + n * torch.arange(len(scores), device=scores.device)
+        return hf.gather(ids=b["ids"][best], mask=b["mask"][best], best=top.values, score=scores.mean(-1))
 
     def loss_fn(policy, ids, mask, best, score, weights, rows):
         loss = weigh(nll(policy(ids, mask)), weights)
         return loss, {"score": weigh(score, rows), "best": weigh(best, rows)}
 
+    batches = hf.on_policy(collect, state, size=batch, epochs=epochs, seed=seed)
     aggregate = {"weights": token_mean, "rows": row_mean}
     hf.fit(loss_fn, policy, batches, aggregate=aggregate, args=args, tokenizer=tok, state=state)
     hf.save(policy, tok, out)

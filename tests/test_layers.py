@@ -11,6 +11,7 @@ PACKAGE = ROOT / "alignkit"
 FLOOR_1 = [
     "types",
     "masking",
+    "sampling",
     "logps",
     "kl",
     "weights",
@@ -26,7 +27,7 @@ FLOOR_1 = [
     "losses",
 ]
 LIBRARIES = {"transformers", "datasets", "peft", "diffusers", "accelerate", "tokenizers"}
-BESIDE = {"multistep": {"advantages"}, "shaping": {"advantages"}}
+BESIDE = {"logps": {"sampling"}, "monitors": {"kl", "weights"}, "multistep": {"advantages"}, "shaping": {"advantages"}}
 FLOOR_2 = ["data", "train", "testing", "conventions"]
 MAY_IMPORT = {1: {"types", "masking"}, 2: {*FLOOR_1, *FLOOR_2}, 3: {*FLOOR_1, "data", "train", "hf"}}
 

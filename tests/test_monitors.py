@@ -1,8 +1,133 @@
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
-from alignkit.monitors import correlation, frontier_point, on_frontier
+from alignkit.losses.policy import clip_fraction, reinforce
+from alignkit.monitors import correlation, frontier_point, on_frontier, policy_metrics, weigh_each, zero_variance
 from alignkit.testing.algebra import slope
+from alignkit.train import update
+from alignkit.types import Aggregates, Batch, Metrics
+from alignkit.weights import constant_length, row_mean, sequence_mean, token_mean, weigh
+
+NAN = float("nan")
+MASK = torch.tensor([[0, 1, 1], [0, 1, 0]]).bool()
+OLD = torch.tensor([[NAN, 0.5, 0.25], [NAN, 0.5, NAN]]).log()
+"""Log-probs of three tokens in two answers."""
+
+
+def _means(logps: Tensor = OLD, advantages: Any = ((0.0,), (0.0,)), **columns: Tensor) -> dict[str, float]:
+    columns = {"rewards": torch.tensor([1, 4])} | columns
+    weights = token_mean(MASK), row_mean(MASK)
+    metrics = policy_metrics(logps, OLD, torch.tensor(advantages), MASK, *weights, **columns)
+    return {name: x.item() for name, x in metrics.items()}
+
+
+def test_means_of_answers_by_hand() -> None:
+    got = _means(truncated=torch.tensor([True, False]), entropy=torch.tensor([[NAN, 1, 3], [NAN, 5, NAN]]))
+    expected = {"reward": 2.5, "length": 1.5, "truncated": 0.5, "entropy": 3, "advantage": 0, "ratio": 1}
+    assert got == pytest.approx(expected | {"approx_kl": 0})
+
+
+def test_the_size_of_advantages_per_row_or_per_token() -> None:
+    assert _means(advantages=[[-1.0], [2.0]])["advantage"] == pytest.approx(4 / 3)
+    assert _means(advantages=[[NAN, -1.0, 3.0], [9.0, 2.0, NAN]])["advantage"] == pytest.approx(2)
+
+
+def test_how_far_an_update_went_by_hand() -> None:
+    new = torch.tensor([[NAN, 0.75, 0.125], [NAN, 0.5, NAN]]).log()
+    clipped = clip_fraction(new, OLD, torch.ones(2, 3))
+    got = _means(new, clipped=clipped)
+    ratios = torch.tensor([1.5, 0.5, 1], dtype=torch.float64)
+    assert got["ratio"] == pytest.approx(1)
+    assert got["approx_kl"] == pytest.approx((ratios - 1 - ratios.log()).mean().item())
+    assert got["clipped"] == pytest.approx(1 / 3)
+
+
+def test_distances_of_what_sampled_by_hand() -> None:
+    other = torch.tensor([[NAN, 0.25, 0.25], [NAN, 0.5, NAN]]).log()
+    assert {"kl", "sampler_gap", "sampler_kl"}.isdisjoint(_means())
+    new = torch.tensor([[NAN, 0.9, 0.9], [NAN, 0.9, NAN]]).log()
+    log2 = torch.tensor(2.0).log().item()
+    assert _means(new, ref_logps=other)["kl"] == pytest.approx((0.5 - 1 + log2) / 3)  # old to reference, not new
+    got = _means(new, sampler_logps=torch.tensor([[NAN, 0.25, 0.5], [NAN, 0.5, NAN]]).log())
+    assert got["sampler_gap"] == pytest.approx(2 * log2 / 3)
+    assert got["sampler_kl"] == pytest.approx((2 - 1 - log2 + 0.5 - 1 + log2) / 3)  # sampler to old
+
+
+def test_a_ratio_beyond_the_range_of_floats_is_finite() -> None:
+    assert 1e37 < _means(torch.full_like(OLD, 200.0))["ratio"] < float("inf")
+
+
+class Table(nn.Module):
+    """A policy whose log-probs are its parameters."""
+
+    def __init__(self, rows: int, time: int) -> None:
+        super().__init__()
+        self.logps = nn.Parameter(-torch.rand(rows, time, dtype=torch.float64))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.logps[ids]
+
+
+@pytest.mark.parametrize("aggregate", [sequence_mean, partial(constant_length, length=50.0)])
+def test_they_are_means_of_the_step_however_it_is_split_and_the_loss_weighed(aggregate: Any) -> None:
+    mask = torch.arange(5) < torch.tensor([[5], [1], [3], [2], [4], [2]])
+    real = {name: torch.randn(6, 5, dtype=torch.float64) for name in ("old_logps", "entropy")}
+    batch = {"ids": torch.arange(6), "mask": mask, **real, "rewards": torch.arange(6.0), "truncated": mask.all(-1)}
+
+    def loss_fn(
+        policy: Any,
+        ids: Tensor,
+        mask: Tensor,
+        old_logps: Tensor,
+        weights: Tensor,
+        tokens: Tensor,
+        rows: Tensor,
+        **seen: Any,
+    ) -> tuple[Tensor, Metrics]:
+        logps, advantages = policy(ids), seen["rewards"][:, None]
+        metrics = policy_metrics(logps, old_logps, advantages, mask, tokens, rows, **seen)
+        return weigh(reinforce(logps, advantages.expand(logps.shape)), weights), metrics
+
+    def step(micro: int | None) -> Batch:
+        torch.manual_seed(0)
+        table = Table(6, 5)
+        makes: Aggregates = {"weights": aggregate, "tokens": token_mean, "rows": row_mean}
+        optimizer = torch.optim.SGD(table.parameters(), lr=0)
+        return update(loss_fn, table, optimizer, batch, aggregate=makes, micro=micro)
+
+    whole, parts, rest = (step(micro) for micro in (None, 1, 4))
+    for name, x in whole.items():
+        torch.testing.assert_close(parts[name], x, check_dtype=False)
+        torch.testing.assert_close(rest[name], x, check_dtype=False)
+    assert whole["entropy"].item() == pytest.approx(real["entropy"][mask].mean().item())
+    assert whole["length"].item() == pytest.approx(17 / 6)
+    assert whole["reward"].item() == pytest.approx(2.5)
+
+
+def test_a_signal_without_weights_is_refused() -> None:
+    tokens, rows = token_mean(MASK), row_mean(MASK)
+    with pytest.raises(
+        ValueError, match=r"the signal 'x' has shape \(2, 3, 1\), which no weights of \[\(2, 3\), \(2,\)\]"
+    ):
+        weigh_each({"x": torch.zeros(2, 3, 1)}, tokens, rows)
+    with pytest.raises(ValueError, match=r"weights of shapes \[\(2, 3\), \(2, 3\)\]: give one for each number of axes"):
+        weigh_each({"x": torch.zeros(2, 3)}, tokens, tokens)
+
+
+def test_pairs_have_weights_of_their_own() -> None:
+    signals = {"reward": torch.tensor([[1.0, 3.0]]), "accuracy": torch.tensor([True])}
+    got = weigh_each(signals, torch.full((1, 2, 3), 1 / 3), torch.full((1, 2), 0.5), torch.ones(1))
+    assert {name: x.item() for name, x in got.items()} == {"reward": 2, "accuracy": 1}
+
+
+def test_groups_of_zero_variance_by_hand() -> None:
+    groups = torch.tensor([[1.0, 1, 1], [0, 1, 0], [0, 0, 0], [0, 0, 1e-6]])
+    assert zero_variance(groups).tolist() == [[True] * 3, [False] * 3, [True] * 3, [False] * 3]
+    assert zero_variance(torch.tensor([[1, 1], [1, 2]])).flatten().tolist() == [True, True, False, False]
 
 
 def test_correlation_by_hand() -> None:

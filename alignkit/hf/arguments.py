@@ -31,16 +31,19 @@ UNUSED = {
 
 
 def arguments(
-    out: str, *, batch: int, micro: int, lr: float, steps: int, seed: int, **fields: Any
+    out: str, *, batch: int, micro: int, lr: float, steps: int, seed: int, rollout: int | None = None, **fields: Any
 ) -> TrainingArguments:
     """`TrainingArguments` for steps of `batch` rows in micro-batches of `micro` on each process.
 
     `fields` are any others by name, and win over the defaults chosen here. Raises ValueError if one of them is set by
-    an argument of this function, or if `batch` is not a multiple of `micro` times the number of processes.
+    an argument of this function, if `batch` is not a multiple of `micro` times the number of processes, or `rollout`,
+    the rows that an on-policy stream samples at a time, not one of `batch`.
     """
     world = process().num_processes
     if batch < 1 or micro < 1 or batch % (micro * world):
         raise ValueError(f"batch={batch} must be a positive multiple of micro={micro} times {world} processes")
+    if rollout is not None and (rollout < 1 or rollout % batch):
+        raise ValueError(f"rollout={rollout} must be a positive multiple of batch={batch}")
     defaults = {
         "report_to": "none",
         "logging_steps": min(10, steps),

@@ -71,12 +71,12 @@ def pairs(
     return _tokenize(dataset, split, tokenizer, rows, PAIR_FORMATS, max_length, keep)
 
 
-def prompts(dataset: str | Path, *, split: str = "train") -> list[Any]:
-    """The column `prompt` of a dataset: strings or lists of messages."""
+def prompts(dataset: str | Path, *, split: str = "train") -> list[dict[str, Any]]:
+    """The rows of a dataset whose column `prompt` holds strings or lists of messages; rewards read the others."""
     table = load(dataset, split=split)
     if "prompt" not in table.column_names:
         raise ValueError(f"{dataset}: no column 'prompt', only {table.column_names}")
-    return list(table["prompt"])
+    return table.to_list()
 
 
 def stream(rows: Rows, *, batch: int, seed: int, start: int = 0) -> Iterator[Batch]:
@@ -91,7 +91,13 @@ def shuffled(rows: Rows, *, batch: int, seed: int, start: int = 0) -> Iterator[l
 
 
 def encode(tokenizer: Any, prompt: Any) -> list[int]:
-    """Token ids of a string, or of messages and the header of the assistant's turn; with a BOS if one is used."""
+    """Token ids of a string, or of messages and the header of the assistant's turn; with a BOS if one is used.
+
+    Of a row they are those of its column `prompt`; token ids are left as they are.
+    """
+    prompt = prompt["prompt"] if isinstance(prompt, Mapping) else prompt
+    if isinstance(prompt, list) and all(isinstance(x, int) for x in prompt):
+        return prompt
     string = prompt if isinstance(prompt, str) else _render(tokenizer, prompt, True)
     return _with_bos(tokenizer, _ids(tokenizer, string))
 

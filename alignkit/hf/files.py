@@ -7,27 +7,30 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, load_dataset
 
+from alignkit.hf.arithmetic import load_arithmetic
 from alignkit.hf.builtin import load_reviews
 
+BUILTIN = {"builtin:reviews": load_reviews, "builtin:arithmetic": load_arithmetic}
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def load(dataset: str | Path, *, split: str = "train") -> Dataset:
-    """The rows of a file, of a hub dataset (`name` or `name:split`) or of `builtin:reviews`.
+    """The rows of a file, of a hub dataset (`name` or `name:split`) or of one that is built in.
 
     A ValueError names the file and what is wrong with it.
     """
     bars_in_terminals_only()
     name, path = str(dataset), Path(dataset)
     if name.startswith("builtin:"):
-        if name != "builtin:reviews":
-            raise ValueError(f"dataset={name!r} is unknown; the built-in dataset is 'builtin:reviews'")
-        return load_reviews(split)
+        if name not in BUILTIN:
+            raise ValueError(f"dataset={name!r} is unknown; built-in datasets are {', '.join(BUILTIN)}")
+        return BUILTIN[name](split)
     if path.suffix in READERS:
         return _load_file(path)
     if path.exists() or name.count("/") > 1 or name.startswith((".", "~")):
         raise ValueError(
-            f"dataset={name!r} is neither a {', '.join(READERS)} file that exists, nor a hub id, nor 'builtin:reviews'"
+            f"dataset={name!r} is neither a {', '.join(READERS)} file that exists, nor a hub id, nor one of "
+            f"{', '.join(BUILTIN)}"
         )
     name, _, own_split = name.partition(":")
     try:

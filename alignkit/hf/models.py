@@ -15,7 +15,8 @@ from transformers.utils import logging
 
 from alignkit.hf.loading import open_model, without_adapter, without_bars
 from alignkit.hf.processes import process
-from alignkit.logps import head_logps, token_logps
+from alignkit.logps import entropy, head_entropy, head_logps, token_logps
+from alignkit.sampling import Sampling
 from alignkit.train import evaluating
 
 logger = logging.get_logger(__name__)
@@ -55,12 +56,16 @@ class Wrapper(nn.Module):
 
 
 class Policy(Wrapper):
-    """A causal language model whose call is the whole computation, head included: `policy(ids, mask) -> logps`."""
+    """A causal language model whose call is the whole computation, head included: `policy(ids, mask) -> logps`.
+
+    `policy.sampling` is how `hf.sample` draws from it, and so the distribution whose log-probs these are.
+    """
 
     _needs_hidden = False
 
-    def __init__(self, lm: Any):
+    def __init__(self, lm: Any, sampling: Sampling | None = None):
         super().__init__(lm)
+        self.sampling = sampling or Sampling()
         self._linear_head = _has_linear_head(lm)
 
     def forward(
@@ -71,21 +76,34 @@ class Policy(Wrapper):
         The head runs on the True positions alone, in chunks; a model whose logits are more than a linear layer of its
         last hidden state (soft-capping, an adapter on the head, prompt tuning) computes them in full instead.
         """
-        return self._logps_and_hidden(ids, mask)[0]
+        return self._run(ids, mask)[0]
 
-    def _logps_and_hidden(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def measure(self, ids: Int[Tensor, "*batch time"], mask: Bool[Tensor, "*batch time"]) -> tuple[Tensor, ...]:
+        """(log-probs, entropies in nats) in one pass; a policy with a value head adds its values."""
+        logps, _, entropies = self._run(ids, mask, entropies=True)
+        return logps, entropies
+
+    def _run(
+        self, ids: Tensor, mask: Tensor, *, entropies: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs, the last hidden states (if there is a head for them), and entropies if asked for."""
         self._check_length(ids)
         time = ids.shape[-1]
         rows, counts = ids.reshape(-1, time), mask.reshape(-1, time)
+        options: dict[str, Any] = {"sampling": self.sampling}
         if self._linear_head:
             body, head = _body_and_head(self.lm)
             hidden = body(input_ids=rows, use_cache=False)[0]
-            logps = head_logps(hidden, head.weight, rows, counts, bias=head.bias)
+            options["bias"] = head.bias
+            logps = head_logps(hidden, head.weight, rows, counts, **options)
+            spread = head_entropy(hidden, head.weight, counts, **options) if entropies else None
         else:
             out = self.lm(input_ids=rows, use_cache=False, output_hidden_states=self._needs_hidden)
             hidden = out.hidden_states[-1][:, -time:] if self._needs_hidden else None
-            logps = token_logps(out.logits[:, -time:], rows, counts)
-        return logps.reshape(ids.shape), hidden
+            logits = out.logits[:, -time:]
+            logps = token_logps(logits, rows, counts, **options)
+            spread = entropy(logits, counts, **options) if entropies else None
+        return logps.reshape(ids.shape), hidden, None if spread is None else spread.reshape(ids.shape)
 
 
 class ActorCritic(Policy):
@@ -96,8 +114,8 @@ class ActorCritic(Policy):
 
     _needs_hidden = True
 
-    def __init__(self, lm: Any):
-        super().__init__(lm)
+    def __init__(self, lm: Any, sampling: Sampling | None = None):
+        super().__init__(lm, sampling)
         width = _body_and_head(lm)[1].weight.shape[-1]
         self.value_head = nn.Linear(width, 1, device=lm.device, dtype=torch.promote_types(lm.dtype, torch.float32))
         for parameter in self.value_head.parameters():
@@ -107,9 +125,17 @@ class ActorCritic(Policy):
         self, ids: Int[Tensor, "*batch time"], mask: Bool[Tensor, "*batch time"]
     ) -> tuple[Float[Tensor, "*batch time"], Float[Tensor, "*batch time"]]:
         """Log-probs as a policy's, and values at every position but 0, where nothing was read."""
-        logps, hidden = self._logps_and_hidden(ids, mask)
+        logps, hidden, _ = self._run(ids, mask)
+        return logps, self._values(hidden, ids)
+
+    def measure(self, ids: Int[Tensor, "*batch time"], mask: Bool[Tensor, "*batch time"]) -> tuple[Tensor, ...]:
+        """(log-probs, entropies in nats, values) in one pass."""
+        logps, hidden, entropies = self._run(ids, mask, entropies=True)
+        return logps, entropies, self._values(hidden, ids)
+
+    def _values(self, hidden: Tensor, ids: Tensor) -> Tensor:
         values = self.value_head(hidden.to(self.value_head.weight.dtype)).reshape(ids.shape)
-        return logps, pad(values[..., :-1], (1, 0))
+        return pad(values[..., :-1], (1, 0))
 
 
 class AdapterOff(nn.Module):
@@ -134,6 +160,7 @@ def causal_lm(
     lora: int | PeftConfig | None = None,
     dropout: bool = False,
     value_head: bool = False,
+    sampling: Sampling | None = None,
     seed: int = 0,
 ) -> tuple[Policy, Any]:
     """A policy and its tokenizer from a folder, a hub id or `builtin:tiny`.
@@ -142,12 +169,13 @@ def causal_lm(
     halves the memory; for mixed precision leave it and set `bf16` in the training arguments). `lora` adds an adapter
     to train: a rank (on all linear layers, alpha twice the rank) or any peft config. Dropout is off, so that a policy
     equals its reference before the first step, unless `dropout`. With `value_head` it is an `ActorCritic`, whose head
-    is read from the folder if there is one. `seed` draws what is new.
+    is read from the folder if there is one. `sampling` is how answers are drawn from it, by default from the model's
+    own distribution. `seed` draws what is new.
     """
     lm, tokenizer = open_model(model, dtype=dtype, lora=lora, dropout=dropout, seed=seed)
     if not value_head:
-        return Policy(lm), tokenizer
-    actor = ActorCritic(lm)
+        return Policy(lm, sampling), tokenizer
+    actor = ActorCritic(lm, sampling)
     load_value_head(actor, model)
     return actor, tokenizer
 
@@ -160,7 +188,7 @@ def frozen(policy: Policy) -> nn.Module:
     """
     if isinstance(policy.lm, PeftModel):
         return AdapterOff(policy)
-    return Policy(copy.deepcopy(policy.lm)).requires_grad_(False).eval()
+    return Policy(copy.deepcopy(policy.lm), policy.sampling).requires_grad_(False).eval()
 
 
 def save(policy: Wrapper, tokenizer: Any, folder: str | Path) -> None:

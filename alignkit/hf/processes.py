@@ -1,11 +1,14 @@
 """The processes of a run: which this is, and rows shared among them."""
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from alignkit import data
+from alignkit import data, train
 from alignkit.types import Batch
 
 
@@ -28,3 +31,17 @@ def share(batch: Batch) -> Batch:
     state = process()
     rows = len(next(iter(batch.values()))) // state.num_processes
     return {name: x[rows * state.process_index :][:rows] for name, x in batch.items()}
+
+
+def on_policy(
+    collect: Callable[[int], Batch], state: dict[str, Any], *, size: int, epochs: int = 1, seed: int
+) -> Callable[[int], Iterator[Batch]]:
+    """`batches(step)` for `hf.fit`: this process's share of the minibatches of `train.rollouts`.
+
+    `collect(i)` makes rollout i, the same on all processes; it lies in `state["rollout"]`.
+    """
+
+    def batches(step: int) -> Iterator[Batch]:
+        return map(share, train.rollouts(collect, state, size=size, epochs=epochs, seed=seed, start=step))
+
+    return batches

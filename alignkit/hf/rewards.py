@@ -1,80 +1,188 @@
-"""Where scores of answers come from: a reward model in a folder, a Python function, or the built-in true reward."""
+"""Where scores of answers come from: Python functions, reward models in folders, and what is built in."""
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cache, partial
+from math import isfinite
+from numbers import Real
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from alignkit.hf.arithmetic import correct
 from alignkit.hf.builtin import sentiment
+from alignkit.hf.judges import Answers, Function, Model
 from alignkit.hf.sampling import decode
-from alignkit.hf.scorers import reward_model
-from alignkit.train import infer
+from alignkit.hf.verifiers import mathematics
+from alignkit.shaping import weighted_sum
 
-Score = Callable[[Any, Sequence[Any], Int[Tensor, "batch time"], Bool[Tensor, "batch time"]], Float[Tensor, "batch"]]
+BUILTIN = {"builtin:sentiment": sentiment, "builtin:arithmetic": correct, "builtin:math": mathematics}
 
 
-def reward_fn(reward: str | Path, *, dtype: str = "float32", rows: int = 32) -> Score:
-    """`score(tokenizer, prompts, ids, mask) -> [batch]` for answers as `hf.sample` returns them.
+class Reward:
+    """The weighted sum of one or several rewards: `reward(tokenizer, prompts, ids, mask) -> [batch]`.
 
-    `reward` is "builtin:sentiment"; or `file.py:function`, called with the decoded answers as `function(texts)` or, if
-    it has an argument of that name, `function(texts, prompts=...)`, and returning one number for each; or the folder or
-    hub id of a reward model, which reads prompt and answer, `rows` at a time. A number that is not finite is refused
-    with the answer that got it.
+    `ids` and `mask` are those of `hf.sample`: the rows of one prompt are consecutive, as many for each. A prompt is a
+    string, a list of messages, token ids, or a row of a dataset, whose other columns functions may take. All rewards
+    are computed side by side; `names` and `weights` are theirs.
     """
-    name = str(reward)
-    if name.startswith("builtin:"):
-        if name != "builtin:sentiment":
-            raise ValueError(f"reward={name!r} is unknown; the built-in reward is 'builtin:sentiment'")
-        return _of_texts(lambda texts: [sentiment(text) for text in texts], name)
+
+    def __init__(self, judges: Sequence[Any], names: Sequence[str], weights: Sequence[float]):
+        self._judges, self.weights = judges, tuple(weights)
+        before = [names[:i].count(name) for i, name in enumerate(names)]
+        self.names = tuple(f"{name}_{k + 1}" if k else name for name, k in zip(names, before))
+
+    def __call__(
+        self, tokenizer: Any, prompts: Sequence[Any], ids: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch"]:
+        """sum_k weight_k reward_k over the rewards that apply to the answer, and 0 where none does."""
+        each = self.each(tokenizer, prompts, ids, mask)
+        return weighted_sum(each, torch.tensor(self.weights, device=each.device))
+
+    def each(
+        self, tokenizer: Any, prompts: Sequence[Any], ids: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch rewards"]:
+        """The rewards without their weights, NaN where one does not apply: what its function returned None for.
+
+        Raises ValueError, with the answer and its prompt, if a function raises, takes too long (a TimeoutError, too),
+        or gives anything else than a finite number.
+        """
+        answers = _answers(tokenizer, prompts, ids, mask)
+        with ExitStack() as stack:
+            finish = [judge.start(answers, stack) for judge in self._judges]
+            order = sorted(range(len(finish)), key=lambda k: not self._judges[k].here)  # while the others work
+            columns = {k: finish[k]() for k in order}
+        return torch.tensor([columns[k] for k in range(len(finish))], dtype=torch.float32, device=ids.device).T
+
+
+def reward_fn(
+    reward: str | Path | Callable[..., Any] | Sequence[Any],
+    *,
+    timeout: float = 60,
+    dtype: str = "float32",
+    rows: int = 32,
+) -> Any:
+    """A `Reward`; or an `environments.Environment`, of a function whose first parameter is `messages`.
+
+    `reward` is the name of a reward, a Python function, or a list of them: "builtin:sentiment"; "builtin:arithmetic"
+    and "builtin:math" (math-verify), which compare with the column "answer"; `file.py:function`; or the folder or hub
+    id of a reward model, which reads prompt and answer, `rows` at a time. A weight is written `0.5*file.py:function`
+    or `(0.5, function)`.
+
+    A function gets what the names of its parameters say. With `text`, a decoded answer, it is called for each of them
+    and returns a number; with `texts`, it is called once and returns one for each. Further parameters are `prompt`
+    (`prompts`), `ids`, the tokens of the answer, `tokenizer`, and columns of the dataset. None instead of a number says
+    that the reward does not apply. Async functions run in one event loop, others in threads, and a call may take
+    `timeout` seconds.
+    """
+    if not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ValueError(f"timeout={timeout} must be a positive number of seconds")
+    weights, parts = list(zip(*_terms(reward))) or [(), ()]
+    if not parts:
+        raise ValueError("reward is empty: give at least one")
+    judges = [_judge(part, timeout, dtype, rows) for part in parts]
+    for judge in judges:
+        if hasattr(judge, "play"):
+            if weights != (1.0,):
+                raise ValueError(f"reward={judge.name!r} is an environment: it has no weight, nor rewards beside it")
+            return judge
+    return Reward(judges, [_short_name(part) for part in parts], weights)
+
+
+def _answers(tokenizer: Any, prompts: Sequence[Any], ids: Tensor, mask: Tensor) -> Answers:
+    if not len(prompts) or len(ids) % len(prompts):
+        raise ValueError(f"there are {len(ids)} answers to {len(prompts)} prompts, but must be as many to each")
+    rows = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in prompts]
+    rows = [row for row in rows for _ in range(len(ids) // len(prompts))]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if all(name in row for row in rows)}
+    if "prompt" not in columns:
+        raise ValueError(f"prompts are rows without a column 'prompt': {sorted(rows[0])}")
+    on_cpu = ids.cpu(), mask.cpu()
+    tokens = [row[keep].tolist() for row, keep in zip(*on_cpu)]
+    return Answers(tokenizer, columns.pop("prompt"), decode(tokenizer, *on_cpu), tokens, columns, ids, mask)
+
+
+def _terms(reward: Any, weight: float = 1.0) -> Iterator[tuple[float, Any]]:
+    """(weight, name or function) of every reward."""
+    if isinstance(reward, str | Path):
+        head, star, name = str(reward).partition("*")
+        try:
+            factor = float(head) if star else 1.0
+        except ValueError:
+            raise ValueError(f"reward={str(reward)!r}: what stands before * must be a number, a weight") from None
+        yield _finite(weight * factor, reward), (name if star else head).strip()
+    elif callable(reward):
+        yield weight, reward
+    elif len(reward) == 2 and isinstance(reward[0], Real):
+        yield from _terms(reward[1], _finite(weight * float(reward[0]), reward))
+    else:
+        for part in reward:
+            yield from _terms(part, weight)
+
+
+def _finite(weight: float, reward: Any) -> float:
+    if not isfinite(weight):
+        raise ValueError(f"reward={reward!r} has the weight {weight}, which must be finite")
+    return weight
+
+
+def _judge(part: Any, timeout: float, dtype: str, rows: int) -> Any:
+    """A Function, a Model or an Environment."""
+    name = part if isinstance(part, str) else _short_name(part)
     file, _, function = name.rpartition(":")
-    if file.endswith(".py"):
-        return _of_texts(_load(file, function), name)
-    return _of_model(name, dtype, rows)
+    if not isinstance(part, str):
+        fn = part
+    elif file.endswith(".py"):
+        fn = _load(file, function)
+    elif name.startswith("builtin:"):
+        fn = _builtin(name)
+    else:
+        return Model(name, dtype, rows)
+    if next(iter(inspect.signature(fn).parameters), None) == "messages":
+        from alignkit.hf.environments import Environment
+
+        return Environment(fn, name, timeout=timeout)
+    return Function(fn, name, timeout=timeout, alarms=fn is mathematics)
 
 
-def _of_texts(fn: Callable[..., Sequence[float]], name: str) -> Score:
-    takes_prompts = "prompts" in inspect.signature(fn).parameters
-
-    def score(tokenizer: Any, prompts: Sequence[Any], ids: Tensor, mask: Tensor) -> Tensor:
-        texts = decode(tokenizer, ids, mask)
-        scores = fn(texts, prompts=prompts) if takes_prompts else fn(texts)
-        if len(scores) != len(texts):
-            raise ValueError(f"reward={name!r} returned {len(scores)} numbers for {len(texts)} answers")
-        scores = torch.as_tensor(scores, dtype=torch.float32, device=ids.device)
-        for bad in (~scores.isfinite()).nonzero()[:1]:
-            raise ValueError(f"reward={name!r} gave {scores[bad].item()} to the answer {texts[bad]!r:.200}")
-        return scores
-
-    return score
+def _short_name(part: Any) -> str:
+    """The name of a function, or the last part of a longer name: what a metric is called."""
+    if isinstance(part, str):
+        return Path(part).name.rpartition(":")[2]
+    part = part.func if isinstance(part, partial) else part
+    return getattr(part, "__name__", type(part).__name__)
 
 
-def _of_model(name: str, dtype: str, rows: int) -> Score:
-    try:
-        scorer, own = reward_model(name, dtype=dtype)
-    except ValueError as error:
-        raise ValueError(str(error).replace(f"model={name!r}", f"reward={name!r}", 1)) from error
-
-    def score(tokenizer: Any, prompts: Sequence[Any], ids: Tensor, mask: Tensor) -> Tensor:
-        if not tokenizer.get_vocab().items() <= own.get_vocab().items():
-            raise ValueError(
-                f"reward={name!r} has another tokenizer than the policy: give a reward model of its family"
-            )
-        return infer(scorer, ids, mask, rows=rows)
-
-    return score
+def _builtin(name: str) -> Callable[..., Any]:
+    if name not in BUILTIN:
+        raise ValueError(f"reward={name!r} is unknown; built-in rewards are {', '.join(BUILTIN)}")
+    if name == "builtin:math" and not importlib.util.find_spec("math_verify"):
+        raise ValueError("reward='builtin:math' needs math-verify: pip install 'alignkit[math]'")
+    return BUILTIN[name]
 
 
-def _load(file: str, function: str) -> Callable[..., Sequence[float]]:
-    if not Path(file).is_file():
+def _load(file: str, function: str) -> Callable[..., Any]:
+    path = Path(file)
+    if not path.is_file():
         raise ValueError(f"reward: there is no file {file}")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
+    fn = getattr(_module(str(path.resolve()), path.stat().st_mtime_ns), function, None)
+    if not callable(fn):
         raise ValueError(f"reward: {file} has no function {function!r}")
-    return getattr(module, function)
+    return fn
+
+
+@cache
+def _module(path: str, changed: int) -> ModuleType:
+    """The module in a file, the same for all its functions; a new one once the file has changed."""
+    spec = importlib.util.spec_from_file_location(path, path)
+    module = sys.modules[path] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module

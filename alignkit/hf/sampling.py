@@ -1,66 +1,226 @@
-"""Answers from a policy."""
+"""Answers from a policy, drawn as its `sampling` says."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from alignkit import data
 from alignkit.hf.data import encode
 from alignkit.hf.loading import without_adapter
 from alignkit.hf.models import Policy
 from alignkit.hf.processes import process
-from alignkit.train import evaluating
+from alignkit.sampling import draw, filter_logits
+from alignkit.train import evaluating, infer
+from alignkit.types import Batch
 
 
-@torch.no_grad()
+class Answer(NamedTuple):
+    """The new tokens, the end of the sequence included; their log-probs under the distribution that was sampled.
+
+    `logps` is None if the sampler told none, `truncated` says that the answer was cut off at the limit.
+    """
+
+    ids: list[int]
+    logps: list[float] | None
+    truncated: bool
+
+
 def sample(
     policy: Policy,
     tokenizer: Any,
     prompts: Sequence[Any],
     *,
-    max_new: int,
-    temperature: float = 1.0,
+    n: int = 1,
+    greedy: bool = False,
     seed: int = 0,
     step: int = 0,
-) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
-    """One answer to each prompt: `ids` (prompt and answer, right-padded) and `mask` (True on the answer, EOS included).
+) -> Batch:
+    """`n` answers to each prompt, as `policy.sampling` says, in `n` consecutive rows.
 
-    `temperature=0` is greedy. Random numbers depend on `seed`, `step` and the process; the global random state is left
-    as it was.
+    Columns: `ids` (prompt and answer, right-padded), `mask` (True on the answer, EOS included), `truncated` (cut off at
+    the limit) and, if the sampler tells them, `sampler_logps`. Prompts may be strings, messages, token ids, or rows
+    whose column `prompt` is one of these. An answer depends on `seed`, `step`, its row among those of all processes and
+    its own log-probs, but not on the other rows; the global random state is not touched.
     """
-    if not prompts:
-        raise ValueError("prompts is empty: give at least one")
-    if max_new < 1 or temperature < 0:
-        raise ValueError(f"max_new={max_new} must be at least 1 and temperature={temperature} at least 0")
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
-    longest = max(len(x) for x in encoded)
+    rows = range(len(encoded) * n)
+    first = process().process_index * len(rows)
+    seeds = [data.mix(data.mix(seed, step), first + i) for i in rows]
+    return columns(
+        [encoded[i // n] for i in rows], answers(policy, tokenizer, encoded, n=n, greedy=greedy, seeds=seeds)
+    )
+
+
+def columns(prompts: Sequence[list[int]], drawn: Sequence[Answer]) -> Batch:
+    """One row for each prompt and its answer."""
+    rows = []
+    for prompt, answer in zip(prompts, drawn):
+        mask = [False] * len(prompt) + [True] * len(answer.ids)
+        row = {"ids": prompt + answer.ids, "mask": mask, "truncated": answer.truncated}
+        if answer.logps is not None:
+            row["sampler_logps"] = [0.0] * len(prompt) + answer.logps
+        rows.append(row)
+    return data.collate(rows)
+
+
+@torch.no_grad()
+def answers(
+    policy: Policy,
+    tokenizer: Any,
+    encoded: Sequence[list[int]],
+    *,
+    n: int = 1,
+    greedy: bool = False,
+    seeds: Sequence[int],
+) -> list[Answer]:
+    """`n` answers to each list of token ids, with one seed for each answer.
+
+    Each prompt is encoded once; rows that have ended are taken out of the batch whenever they are half of it. An
+    answer ends with an end-of-sequence token of the tokenizer or the model, or with the token that completes a string
+    of `sampling.stop`. `greedy` takes the likeliest token instead of drawing one.
+    """
+    _check(policy, tokenizer, encoded, n, seeds)
+    if policy.sampling.server:
+        from alignkit.hf.server import server_answers
+
+        return server_answers(
+            policy.sampling.server, tokenizer, encoded, policy.sampling, n=n, greedy=greedy, seeds=seeds
+        )
+    base = without_adapter(policy.lm)
+    drawing, divisible = _Drawing(policy, tokenizer, _ends(tokenizer, base), greedy, seeds), _has_divisible_cache(base)
+    longest = max(map(len, encoded))
     ids = torch.tensor([[0] * (longest - len(x)) + x for x in encoded], device=policy.device)
     attention = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in encoded], device=policy.device)
-    config = GenerationConfig(
-        max_new_tokens=max_new, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
-    )
-    if temperature:
-        config.update(do_sample=True, temperature=temperature, top_k=0)
-    with evaluating(policy), _generating(policy, config), torch.random.fork_rng():
-        torch.manual_seed(data.mix(data.mix(seed, step), process().process_index))
-        out = policy.lm.generate(input_ids=ids, attention_mask=attention)
-    rows = []
-    for prompt, answer in zip(encoded, out[:, longest:].tolist()):
-        end = answer.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in answer else len(answer)
-        rows.append({"ids": prompt + answer[:end], "mask": [False] * len(prompt) + [True] * end})
-    batch = data.collate(rows)
-    return batch["ids"], batch["mask"]
+    with evaluating(policy), _generating(base, drawing.config):
+        cache = None
+        if divisible and n > 1 and min(map(len, encoded)) > 1:
+            cache = _prefix(policy, ids[:, :-1], attention[:, :-1], n)
+        ids, attention = (x.repeat_interleave(n, 0) for x in (ids, attention))
+        while True:
+            out = policy.lm.generate(
+                input_ids=ids,
+                attention_mask=attention,
+                past_key_values=cache,
+                max_new_tokens=policy.sampling.max_new - drawing.drawn,
+                logits_processor=[drawing],
+                stopping_criteria=[_Ended(drawing, divisible)],
+            )
+            left = drawing.left()
+            if not len(left) or drawing.drawn == policy.sampling.max_new:
+                return drawing.answers()
+            ids, cache = out.sequences[left], out.past_key_values
+            attention = torch.nn.functional.pad(attention[left], (0, ids.shape[1] - attention.shape[1]), value=1)
+            cache.batch_select_indices(left)
+
+
+class _Drawing(LogitsProcessor):
+    """What was drawn so far; draws the next token of each row that is left, which `generate` then finds likeliest."""
+
+    def __init__(self, policy: Policy, tokenizer: Any, ends: list[int], greedy: bool, seeds: Sequence[int]):
+        self.sampling, self.tokenizer, self.greedy, self.device = policy.sampling, tokenizer, greedy, policy.device
+        shape = (len(seeds), self.sampling.max_new)
+        numbers = (torch.rand(shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds)
+        self.uniform = torch.stack(list(numbers)).to(self.device)
+        self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
+        self.logps = torch.zeros(shape, device=self.device)
+        self.length = torch.zeros(shape[0], dtype=torch.long, device=self.device)  # 0: has not ended
+        self.rows = torch.arange(shape[0], device=self.device)
+        self.ends = torch.tensor(ends, device=self.device)
+        self.drawn = 0
+        self.config = GenerationConfig(max_new_tokens=shape[1], return_dict_in_generate=True)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits = filter_logits(scores, **self.sampling.filters)
+        uniform = self.uniform[self.rows, self.drawn]
+        token = scores.argmax(-1) if self.greedy else draw(logits, uniform)
+        self.tokens[self.rows, self.drawn] = token
+        picked = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+        self.logps[self.rows, self.drawn] = picked
+        self.drawn += 1
+        ended = torch.isin(token, self.ends) | self._stopped()
+        self.length[self.rows] = torch.where(ended & (self.length[self.rows] == 0), self.drawn, self.length[self.rows])
+        return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0)
+
+    def _stopped(self) -> Tensor:
+        """Whether the newest token completes a stop string; a token has at least one byte."""
+        if not self.sampling.stop:
+            return torch.zeros_like(self.rows, dtype=torch.bool)
+        tail = max(len(x.encode()) for x in self.sampling.stop)
+        newest = self.tokens[self.rows, max(self.drawn - tail, 0) : self.drawn].tolist()
+        texts = self.tokenizer.batch_decode(newest, skip_special_tokens=False)
+        return torch.tensor([any(x in text for x in self.sampling.stop) for text in texts], device=self.device)
+
+    def left(self) -> Tensor:
+        """The places, among the rows that were left, of those that are; the others are left out from here on."""
+        places = (self.length[self.rows] == 0).nonzero()[:, 0]
+        self.rows = self.rows[places]
+        return places
+
+    def answers(self) -> list[Answer]:
+        ended = (self.length > 0).tolist()
+        lengths = torch.where(self.length > 0, self.length, self.drawn).tolist()
+        rows = zip(self.tokens.tolist(), self.logps.tolist(), lengths, ended)
+        return [Answer(ids[:length], logps[:length], not end) for ids, logps, length, end in rows]
+
+
+class _Ended(StoppingCriteria):
+    """Ends the call of `generate` when its rows have ended, or half of them if they can be taken out."""
+
+    def __init__(self, drawing: _Drawing, divisible: bool):
+        self.drawing, self.divisible = drawing, divisible
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        ended = self.drawing.length[self.drawing.rows] > 0
+        return ended | (2 * ended.sum() >= len(ended)) if self.divisible else ended
+
+
+def _prefix(policy: Policy, ids: Tensor, attention: Tensor, n: int) -> Any:
+    """The cache of the prompts without their last token, for `n` rows each."""
+    out = policy.lm.generate(input_ids=ids, attention_mask=attention, max_new_tokens=1)
+    out.past_key_values.batch_repeat_interleave(n)
+    return out.past_key_values
+
+
+def _check(policy: Policy, tokenizer: Any, encoded: Sequence[list[int]], n: int, seeds: Sequence[int]) -> None:
+    if not encoded or n < 1:
+        raise ValueError(f"prompts has {len(encoded)} rows and n={n}: both must be at least 1")
+    if len(seeds) != n * len(encoded):
+        raise ValueError(f"seeds has {len(seeds)} entries, but there are n={n} answers to {len(encoded)} prompts")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer has no eos_token, so answers could never end: set tokenizer.eos_token")
+    empty = [i for i, x in enumerate(encoded) if not x]
+    if empty:
+        raise ValueError(f"prompt {empty[0]} has no tokens: nothing predicts the first token of its answer")
+    longest, limit = max(map(len, encoded)), getattr(policy.config, "max_position_embeddings", None)
+    if limit is not None and longest + policy.sampling.max_new > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new={policy.sampling.max_new} exceed the model's {limit} positions: "
+            "lower max_new, or leave out long prompts"
+        )
+
+
+def _has_divisible_cache(lm: Any) -> bool:
+    """Whether rows of its cache can be repeated and taken out; those of recurrent states cannot."""
+    if not lm._supports_default_dynamic_cache():
+        return False
+    layers = DynamicCache(config=lm.config.get_text_config(decoder=True)).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _ends(tokenizer: Any, lm: Any) -> list[int]:
+    own = lm.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *([] if own is None else [own] if isinstance(own, int) else own)})
 
 
 @contextmanager
-def _generating(policy: Policy, config: GenerationConfig) -> Iterator[None]:
+def _generating(base: Any, config: GenerationConfig) -> Iterator[None]:
     """`config` instead of the model's own, whose penalties and filters would make samples of another distribution."""
-    base = without_adapter(policy.lm)
     own, base.generation_config = base.generation_config, config
     try:
         yield
@@ -71,3 +231,33 @@ def _generating(policy: Policy, config: GenerationConfig) -> Iterator[None]:
 def decode(tokenizer: Any, ids: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> list[str]:
     """The text of each row's True tokens, without special tokens."""
     return [tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in zip(ids, mask)]
+
+
+def check_ratio_is_one(
+    policy: Policy,
+    tokenizer: Any,
+    prompts: Sequence[Any],
+    *,
+    n: int = 4,
+    seed: int = 0,
+    tolerance: float = 1e-3,
+) -> float:
+    """The largest |log pi(token) - log sampler(token)| over `n` answers to each prompt, which is 0 up to rounding.
+
+    Raises ValueError, with the token, where it is above `tolerance`: then the first importance ratio of a policy
+    gradient is not 1, as when a sampler has a temperature or filters that `policy.sampling` does not know of, or
+    computes in another precision.
+    """
+    b = sample(policy, tokenizer, prompts, n=n, seed=seed)
+    if "sampler_logps" not in b:
+        raise ValueError(f"server={policy.sampling.server!r} tells no log-probs of its samples to compare with")
+    gaps = (infer(policy, b["ids"], b["mask"]) - b["sampler_logps"]).abs()
+    largest, place = gaps.flatten().max(0)
+    if largest > tolerance:
+        row, time = divmod(place.item(), gaps.shape[-1])
+        token = tokenizer.decode(b["ids"][row, time].tolist())
+        raise ValueError(
+            f"the log-prob of {token!r}, token {time} of the answer {row % n} to prompt {row // n}, is off by "
+            f"{largest:.3g}, more than {tolerance:g}: the policy does not score what was sampled"
+        )
+    return largest.item()

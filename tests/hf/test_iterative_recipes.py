@@ -10,10 +10,20 @@ import torch
 from transformers import TrainingArguments
 
 from alignkit import hf
+from alignkit.sampling import Sampling
 from alignkit.trl.trainer.iterative_sft_trainer import IterativeSFTTrainer
 from tests.test_layers import ROOT
 
-SHORT = {"n": 3, "max_new": 6, "rollout": 8, "batch": 4, "micro": 2, "steps": 4, "lr": 1e-2, "logging_steps": 1}
+SHORT = {
+    "n": 3,
+    "sampling": Sampling(max_new=6),
+    "rollout": 8,
+    "batch": 4,
+    "micro": 2,
+    "steps": 4,
+    "lr": 1e-2,
+    "logging_steps": 1,
+}
 
 
 def run(recipe, **options):
@@ -59,10 +69,10 @@ def test_the_best_answers_of_the_newest_weights_are_imitated(folder, tmp_path, m
     """Every round asks for n answers per prompt, and the step is on the best of each."""
     seen, learnt = [], []
 
-    def sample(policy, tokenizer, prompts, *, max_new, temperature, seed, step):
-        seen.append((prompts, next(policy.parameters()).sum().item(), step))
-        ids = torch.tensor([[5, 6, 7 + i % 3] for i in range(len(prompts))])
-        return ids, torch.tensor([[False, True, True]]).expand(ids.shape)
+    def sample(policy, tokenizer, prompts, *, n, seed, step):
+        seen.append(([row["prompt"] for row in prompts], n, next(policy.parameters()).sum().item(), step))
+        ids = torch.tensor([[5, 6, 7 + i % 3] for i in range(n * len(prompts))])
+        return {"ids": ids, "mask": torch.tensor([[False, True, True]]).expand(ids.shape)}
 
     def reward_fn(name):
         return lambda tokenizer, prompts, ids, mask: torch.where(ids[:, 2] == 8, 2.0, 1.0)
@@ -80,9 +90,8 @@ def test_the_best_answers_of_the_newest_weights_are_imitated(folder, tmp_path, m
         monkeypatch.setattr(hf, name, fake)
     run("iterative_sft", model=str(folder), epochs=2, out=str(tmp_path / "out"))
     assert len(seen) == 1  # two passes over eight answers are four steps of four
-    prompts, _, step = seen[0]
-    assert step == 0
-    assert prompts[::3] == prompts[1::3] == prompts[2::3]
+    prompts, n, _, step = seen[0]
+    assert (n, step) == (3, 0)
     assert len(set(prompts)) > 1
     assert len(learnt) == 4
     for batch in learnt:
@@ -91,7 +100,7 @@ def test_the_best_answers_of_the_newest_weights_are_imitated(folder, tmp_path, m
         assert batch["score"].tolist() == pytest.approx([4 / 3] * 4)
     run("iterative_sft", model=str(folder), rollout=4, out=str(tmp_path / "next"))
     assert [step for *_, step in seen[1:]] == [0, 1, 2, 3]
-    assert len({weights for _, weights, _ in seen[1:]}) == 4
+    assert len({weights for *_, weights, _ in seen[1:]}) == 4
 
 
 @pytest.mark.parametrize("at", [1, 2])
@@ -146,10 +155,12 @@ def test_a_step_of_the_trainer_is_that_of_the_recipe(tmp_path, monkeypatch):
 
 def test_best_of_n(folder, tmp_path, reward, capsys):
     out = tmp_path / "out"
-    options = {"model": str(folder), "reward": reward, "n": 6, "limit": 5, "max_new": 6, "rows": 12}
+    options = {"model": str(folder), "reward": reward, "n": 6, "limit": 5, "sampling": Sampling(max_new=6), "rows": 12}
     run("best_of_n", out=str(out), **options)
     answers = rows(out / "answers.jsonl")
-    assert [row["prompt"] for row in answers] == hf.prompts("builtin:reviews", split="test")[:5]
+    assert [row["prompt"] for row in answers] == [
+        row["prompt"] for row in hf.prompts("builtin:reviews", split="test")[:5]
+    ]
     for row in answers:
         assert row["score"] == number(row["answer"])
         assert row["score"] >= row["mean_score"]
@@ -163,7 +174,7 @@ def test_best_of_n(folder, tmp_path, reward, capsys):
 
 def test_best_of_one_is_a_sample(folder, tmp_path, reward):
     out = tmp_path / "out"
-    run("best_of_n", model=str(folder), reward=reward, n=1, limit=3, max_new=6, out=str(out))
+    run("best_of_n", model=str(folder), reward=reward, n=1, limit=3, sampling=Sampling(max_new=6), out=str(out))
     assert all(row["score"] == row["mean_score"] == number(row["answer"]) for row in rows(out / "answers.jsonl"))
 
 
@@ -177,7 +188,7 @@ def test_best_of_n_refuses_what_it_cannot_do(tmp_path, bad):
 def test_the_true_reward_rises(tmp_path):
     """From the reviews as they are to good ones, as counted by the rounds themselves."""
     run("sft", steps=200, batch=32, micro=32, lr=2e-3, out=str(tmp_path / "sft"), save_strategy="no")
-    settings = {"model": str(tmp_path / "sft"), "max_new": 64, "rollout": 32, "batch": 32, "micro": 32}
+    settings = {"model": str(tmp_path / "sft"), "sampling": Sampling(), "rollout": 32, "batch": 32, "micro": 32}
     run("iterative_sft", **settings, n=4, steps=30, lr=5e-4, out=str(tmp_path / "out"), save_strategy="no")
     score = logged(tmp_path / "out", "score")
     assert statistics.fmean(score[-5:]) > statistics.fmean(score[:3]) + 0.4

@@ -9,7 +9,6 @@ from alignkit import hf
 from alignkit.hf.models import Policy
 from alignkit.logps import token_logps
 from alignkit.train import infer
-from tests.hf.conftest import tiny_config
 
 
 def rows(vocab=50):
@@ -194,52 +193,6 @@ def test_too_many_tokens(folder):
     ids = torch.zeros(1, limit + 1, dtype=torch.long)
     with pytest.raises(ValueError, match=f"ids have {limit + 1} tokens, but the model {limit} positions"):
         policy(ids, ids == 0)
-
-
-class TestSample:
-    def test_the_models_own_generation_config_does_not_act(self, folder):
-        policy, tok = hf.causal_lm(folder)
-        plain = hf.sample(policy, tok, ["The plot"], max_new=8)[0]
-        own = policy.lm.generation_config
-        own.repetition_penalty, own.min_p, own.top_p = 5.0, 0.5, 0.1
-        assert torch.equal(hf.sample(policy, tok, ["The plot"], max_new=8)[0], plain)
-        assert policy.lm.generation_config is own
-
-    def test_columns(self, folder):
-        policy, tok = hf.causal_lm(folder)
-        prompts = ["Film: The Last Letter\nReview:", "Hm"]
-        ids, mask = hf.sample(policy, tok, prompts, max_new=6, seed=1)
-        for row, keep, prompt in zip(ids, mask, prompts):
-            start = int(keep.nonzero()[0])
-            assert tok.decode(row[:start]) == prompt
-            assert keep[start : start + int(keep.sum())].all()
-            assert keep.sum() <= 6
-
-    def test_seed_and_random_state(self, folder):
-        policy, tok = hf.causal_lm(folder)
-        state = torch.random.get_rng_state()
-        a, b, c = (hf.sample(policy, tok, ["The plot"], max_new=8, seed=s)[0].tolist() for s in (1, 1, 2))
-        assert a == b != c
-        assert torch.equal(state, torch.random.get_rng_state())
-
-    def test_eos_ends_the_answer_and_counts(self, tokenizer):
-        config = tiny_config("qwen2", len(tokenizer))
-        policy = Policy(AutoModelForCausalLM.from_config(config))
-        with torch.no_grad():
-            for p in policy.parameters():
-                p.zero_()
-            policy.lm.model.norm.weight.fill_(1)
-            policy.lm.model.embed_tokens.weight.fill_(1)
-            policy.lm.lm_head.weight[tokenizer.eos_token_id] = 1
-        ids, mask = hf.sample(policy, tokenizer, ["The plot"], max_new=8, temperature=0.0)
-        assert ids[mask].tolist() == [tokenizer.eos_token_id]
-        assert hf.decode(tokenizer, ids, mask) == [""]
-
-    def test_bad_arguments(self, folder):
-        policy, tok = hf.causal_lm(folder)
-        for prompts, max_new, name in (([], 3, "prompts"), (["a"], 0, "max_new")):
-            with pytest.raises(ValueError, match=name):
-                hf.sample(policy, tok, prompts, max_new=max_new)
 
 
 def test_a_policy_copies_and_pickles(folder):

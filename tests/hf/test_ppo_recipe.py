@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from alignkit import hf
 from alignkit.hf.models import ActorCritic, Policy
+from alignkit.sampling import Sampling
 from alignkit.train import infer
 from tests.hf.test_models import rows
 from tests.test_layers import ROOT
@@ -22,7 +23,7 @@ SHORT = {
     "micro": 1,
     "rollout": 4,
     "epochs": 2,
-    "max_new": 6,
+    "sampling": Sampling(max_new=6),
     "lr": 1e-2,
     "logging_steps": 1,
     "warmup_steps": 0,
@@ -105,8 +106,9 @@ def test_a_value_head_is_saved_beside_the_model_and_read_again(folder, tmp_path)
 
 @pytest.mark.parametrize("options", [{}, {"lora": 2}, {"bf16": True}], ids=str)
 def test_ppo_trains(folder, tmp_path, prompts, options):
+    (tmp_path / "even.py").write_text("def even(texts): return [sum(map(ord, t)) % 2 for t in texts]")
     out = tmp_path / "out"
-    run(model=str(folder), dataset=prompts, out=str(out), **options)
+    run(model=str(folder), dataset=prompts, reward=f"{tmp_path}/even.py:even", out=str(out), **options)
     steps = logs(out)
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-2 if "bf16" in options else 1e-5)  # the policy is its reference
     assert all(torch.isfinite(torch.tensor(x["loss"])) for x in steps)
@@ -117,7 +119,8 @@ def test_ppo_trains(folder, tmp_path, prompts, options):
 def test_ppo_raises_a_reward_that_is_easy_to_raise(tmp_path, prompts):
     (tmp_path / "vowels.py").write_text("def vowels(texts): return [sum(c in 'aeiou' for c in t) for t in texts]")
     out = tmp_path / "out"
-    easy = {"steps": 12, "rollout": 32, "batch": 32, "micro": 32, "epochs": 2, "max_new": 8, "lr": 1e-2, "kl_coef": 0.0}
+    easy = {"steps": 12, "rollout": 32, "batch": 32, "micro": 32, "epochs": 2, "lr": 1e-2, "kl_coef": 0.0}
+    easy["sampling"] = Sampling(max_new=8)
     run(dataset=prompts, reward=f"{tmp_path}/vowels.py:vowels", out=str(out), **easy)
     scores = [x["score"] for x in logs(out)]
     assert scores[-1] > scores[0] + 2
@@ -143,9 +146,10 @@ def test_a_resumed_run_ends_with_the_same_parameters(tmp_path, prompts, at):
 
 
 def test_rewards_of_functions_and_the_built_in_one(tmp_path, tokenizer):
-    policy, _ = hf.causal_lm("builtin:tiny")
+    policy, _ = hf.causal_lm("builtin:tiny", sampling=Sampling(max_new=5))
     asked = ["Film: A\nReview:", "B"]
-    ids, mask = hf.sample(policy, tokenizer, asked, max_new=5)
+    b = hf.sample(policy, tokenizer, asked)
+    ids, mask = b["ids"], b["mask"]
     texts = hf.decode(tokenizer, ids, mask)
     file = tmp_path / "my.py"
     file.write_text(

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alignkit import hf
+from alignkit.sampling import Sampling
 from alignkit.trl.models.modeling_value_head import AutoModelForCausalLMWithValueHead
 from alignkit.trl.trainer.ppo_config import PPOConfig
 from alignkit.trl.trainer.ppo_trainer import PPOTrainer
@@ -21,7 +22,7 @@ def by_recipe(model, data, out):
     runpy.run_path(str(ROOT / "recipes" / "ppo.py"))["main"](
         model=str(model),
         dataset=str(data),
-        max_new=MAX_NEW,
+        sampling=Sampling(max_new=MAX_NEW),
         rollout=ROWS,
         epochs=EPOCHS,
         batch=ROWS,
@@ -46,10 +47,12 @@ def by_trainer(folder, prompts):
     config = PPOConfig(batch_size=ROWS, mini_batch_size=ROWS, ppo_epochs=EPOCHS, max_grad_norm=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     trainer = PPOTrainer(config, model, None, tokenizer, optimizer=optimizer)
-    policy, score = hf.Policy(trainer.model.pretrained_model), hf.reward_fn("builtin:sentiment")
+    policy = hf.Policy(trainer.model.pretrained_model, Sampling(max_new=MAX_NEW))
+    score = hf.reward_fn("builtin:sentiment")
     for i in range(ROLLOUTS):
         x = next(hf.shuffled(prompts, batch=ROWS, seed=0, start=i))
-        ids, mask = hf.sample(policy, tokenizer, x, max_new=MAX_NEW, seed=0, step=i)
+        b = hf.sample(policy, tokenizer, x, seed=0, step=i)
+        ids, mask = b["ids"], b["mask"]
         ends = mask.int().argmax(-1)
         queries = [row[:n] for row, n in zip(ids, ends)]
         responses = [row[keep] for row, keep in zip(ids, mask)]

@@ -1,0 +1,239 @@
+"""What a recipe does with its columns: each call of an alignkit function from the recipe, watched as it runs.
+
+A profile function sees the calls, so recipes stay as they are, however they import and hand on their functions; a torch
+function mode sees the arithmetic between them. A tensor has the name that the recipe gives it.
+"""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from alignkit.explain.frames import Span, is_prompts, leaves, parameters, quote, show, span
+
+HERE, PACKAGE = str(Path(__file__).parent), str(Path(__file__).parent.parent)
+OPEN = f"{PACKAGE}/hf/rollouts.py"
+"""The one file of alignkit that is looked into as the recipe is."""
+PLUMBING = {"gather", "share", "shuffled", "stream"}
+"""Functions that hand columns on."""
+SILENT = {"seed", "step", "rows", "start", "dim", "greedy", "n"}
+"""Keywords that say nothing of the algorithm."""
+
+IN_PLACE = re.compile(r"__i\w+__|__setitem__|\w*[^_]_")
+"""Operations that change their first argument."""
+WORD = re.compile(r"(?<![\w.\"])([A-Za-z_]\w*)(?![\w\"]|\s*=[^=])")
+"""A variable in an expression."""
+
+
+@dataclass(eq=False)
+class Column:
+    """A tensor, or a list of prompts. What arithmetic in the recipe made has `text`, its expression, and `sources`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    differentiated: bool
+    name: str = ""
+    default: str = ""
+    sources: "list[Column]" = field(default_factory=list)
+    text: "list[str | Column]" = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of an alignkit function: what it was given, its hyperparameters, and what it returned."""
+
+    name: str
+    arguments: list[Column | str]
+    settings: dict[str, str]
+    is_model: bool = False
+    inside: bool = False
+    outputs: list[Column] = field(default_factory=list)
+
+
+class Trace(TorchFunctionMode):
+    """Calls and arithmetic of the recipe in `file`, in their order, until its first loss is there."""
+
+    def __init__(self, file: str):
+        super().__init__()
+        self.files = (file, OPEN)
+        self.events: list[Call | Column] = []
+        self.before: int | None = None  # the events of the stream, which are before those of the loss
+        self.source = ""
+        self.stream: dict[str, Column] = {}  # what the recipe's own functions returned by name, the last of each
+        self.batch: dict[str, Column] = {}  # what the loss was given
+        self.aggregates: dict[str, tuple[str, Any]] = {}
+        self.metrics: dict[str, Column] = {}
+        self.loss: Column | None = None
+        self._loss_code: CodeType | None = None
+        self._known: dict[int, tuple[Any, Column]] = {}  # by id; the object is kept, so that no other gets its id
+        self._running: dict[FrameType, tuple[Call, FrameType]] = {}
+        self._done: dict[tuple[Any, ...], list[Column]] = {}
+        self._calls: dict[FrameType, dict[Span, list[Column]]] = {}
+        self._prompts: dict[str, Column] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch what this thread does."""
+        before = sys.getprofile()
+        sys.setprofile(self._profile)
+        try:
+            with self:
+                yield
+        finally:
+            sys.setprofile(before)
+            for table in (self._known, self._running, self._done, self._calls):
+                table.clear()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note what an operation in the recipe itself makes of what."""
+        out = func(*args, **(kwargs or {}))
+        frame = None if self.loss else self._recipe(sys._getframe(1))
+        if frame is not None:
+            given = [x for _, x in leaves([args, kwargs]) if isinstance(x, Tensor)]
+            made = [x for _, x in leaves(out) if isinstance(x, Tensor) and all(x is not y for y in given)]
+            made = [args[0]] if IN_PLACE.fullmatch(func.__name__) else made
+            sources = [self._column(x) for x in given]
+            columns, is_new = self._made(frame, sources, made)
+            for column in columns if is_new else []:
+                column.text, column.sources = self._quote(frame), sources
+                self.events.append(column)
+        return out
+
+    def _profile(self, frame: FrameType, event: str, value: Any) -> None:
+        if self.loss or event not in ("call", "return"):
+            return
+        file = frame.f_code.co_filename
+        if file in self.files:
+            if event == "return":
+                self._leave(frame, value)
+            elif frame.f_code is self._loss_code:
+                given = {name: frame.f_locals[name] for name in parameters(frame.f_code)[0][1:]}
+                self.batch = {name: self._column(x) for name, x in leaves(given) if isinstance(x, Tensor)}
+                self.before = len(self.events)
+        elif event == "return":
+            if frame in self._running:
+                self._end(frame, value)
+        elif file.startswith(PACKAGE) and not file.startswith(HERE):
+            caller = self._recipe(frame.f_back)
+            if caller is not None:
+                self._begin(frame, caller)
+
+    def _recipe(self, frame: FrameType | None) -> FrameType | None:
+        """The recipe's frame that called this one, directly or through other libraries, not through alignkit."""
+        while frame is not None and frame.f_code.co_filename not in self.files:
+            frame = None if frame.f_code.co_filename.startswith(PACKAGE) else frame.f_back
+        return frame
+
+    def _begin(self, frame: FrameType, caller: FrameType) -> None:
+        names, keywords = parameters(frame.f_code)
+        given = {name: frame.f_locals[name] for name in names}
+        name = re.sub(r"<locals>\.|\b_\w+\.", "", frame.f_code.co_qualname)
+        if "dataset" in given:
+            self.source = f"{name}({given['dataset']})"
+        elif "loss_fn" in given:
+            self._loss_code, table = given["loss_fn"].__code__, given["aggregate"]
+            table = table if isinstance(table, dict) else {"weights": table}
+            self.aggregates = {k: x if isinstance(x, tuple) else ("mask", x) for k, x in table.items()}
+        self._observe(caller)
+        called = given.pop("fn", None) if name == "infer" else given.pop("self", None)
+        owner = getattr(called, "__self__", called)
+        if called is not None:
+            method = name.rpartition(".")[2]
+            name = self._name_of(owner, caller)
+            name += "" if method in ("infer", "forward", "__call__") else f".{method}"
+        arguments: list[Column | str] = []
+        for _, x in leaves(tuple(given.values())):
+            if isinstance(x, nn.Module):
+                arguments.append(self._name_of(x, caller))
+            elif is_prompts(x):
+                name_ = self._name_of(x, caller)
+                arguments.append(self._prompts.setdefault(name_, Column((len(x),), "prompts", False, name_)))
+            elif isinstance(x, Tensor) and (x.dim() or id(x) in self._known):
+                arguments.append(self._column(x))
+        settings = {key: show(given[key]) for key in keywords if key not in SILENT and show(given[key])}
+        self._running[frame] = Call(name, arguments, settings, isinstance(owner, nn.Module)), caller
+        self._running[frame][0].inside = caller.f_code.co_filename == OPEN
+
+    def _end(self, frame: FrameType, value: Any) -> None:
+        call, caller = self._running.pop(frame)
+        if call.name in PLUMBING or not any(isinstance(x, Column) for x in call.arguments):
+            return
+        returned = [(key, x) for key, x in leaves(value) if isinstance(x, Tensor)]
+        inputs = [x for x in call.arguments if isinstance(x, Column)]
+        call.outputs, is_new = self._made(caller, inputs, [x for _, x in returned])
+        for column, (key, _) in zip(call.outputs, returned):
+            column.default = key or call.name.rpartition(".")[2]
+        if is_new:
+            self.events.append(call)
+            self._calls.setdefault(caller, {})[span(caller)] = call.outputs
+
+    def _made(self, frame: FrameType, inputs: list[Column], tensors: list[Tensor]) -> tuple[list[Column], bool]:
+        """Columns for what an expression gave, and whether it gave none before, of the same columns, as in a loop."""
+        key = frame, span(frame), *inputs
+        columns = self._done.get(key, [])
+        is_new = key not in self._done or len(columns) != len(tensors)
+        for i, x in enumerate(tensors):
+            self._known.pop(id(x), None)
+            if not is_new:
+                self._known[id(x)] = x, columns[i]
+        self._done[key] = [self._column(x) for x in tensors]
+        return self._done[key], is_new
+
+    def _quote(self, frame: FrameType) -> list[str | Column]:
+        """The expression that a frame is in, with the columns in it, be they results of calls or variables."""
+        calls = {where: columns[0] for where, columns in self._calls.get(frame, {}).items() if len(columns) == 1}
+        tensors = {name: x for name, x in frame.f_locals.items() if isinstance(x, Tensor) and id(x) in self._known}
+        parts: list[str | Column] = []
+        for part in quote(frame.f_code.co_filename, span(frame), calls):
+            words = WORD.split(part) if isinstance(part, str) else [part]
+            parts += [self._column(tensors[x]) if x in tensors else x for x in words]
+        return parts
+
+    def _leave(self, frame: FrameType, value: Any) -> None:
+        """A function of the recipe returns columns by name, or the loss and its metrics."""
+        self._observe(frame)
+        if frame.f_code is self._loss_code and isinstance(value, tuple):
+            self.metrics = {name: self._column(x) for name, x in value[1].items()}
+            self.loss = self._column(value[0])
+            self.loss.name = "loss"
+        elif isinstance(value, Mapping) and value and all(isinstance(x, Tensor) for x in value.values()):
+            if not self.batch:
+                self.stream |= {name: self._column(x) for name, x in value.items()}
+            for name, column in self.stream.items():
+                column.name = column.name if column.name in self.stream else name
+
+    def _observe(self, frame: FrameType) -> None:
+        """Give columns the names that the recipe's variables and dicts have for them."""
+        for names in self._scopes(frame):
+            for name, x in leaves(names):
+                known, column = self._known.get(id(x), (None, None))
+                if column is not None and known is x:
+                    column.name = column.name or name
+
+    def _name_of(self, x: Any, frame: FrameType) -> str:
+        found = [name for names in self._scopes(frame) for name, y in names.items() if y is x]
+        return found[0] if found else type(x).__name__.lower()
+
+    def _scopes(self, frame: FrameType | None) -> list[dict[str, Any]]:
+        """The variables of the recipe's running functions, the outermost first."""
+        scopes = []
+        while frame is not None:
+            scopes += [frame.f_locals] if frame.f_code.co_filename in self.files else []
+            frame = frame.f_back
+        return scopes[::-1]
+
+    def _column(self, x: Any) -> Column:
+        if id(x) not in self._known:
+            is_tensor = isinstance(x, Tensor)
+            shape, dtype = (
+                (tuple(x.shape), str(x.dtype).removeprefix("torch.")) if is_tensor else ((len(x),), "prompts")
+            )
+            self._known[id(x)] = x, Column(shape, dtype, is_tensor and x.requires_grad)
+        return self._known[id(x)][1]
