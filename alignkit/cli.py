@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -80,11 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rest and args.command not in ("check", "explain", "ratio"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        status = args.act(args, rest)
+        left = args.act(args, rest)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
-    if status:
-        raise SystemExit(status)
+    if callable(left):
+        left()  # a recipe, whose errors are its own
+    elif left:
+        raise SystemExit(left)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,10 +138,10 @@ def _list(args: Any, rest: list[str]) -> None:
         print(f"{path.stem:24}{_headline(path)}")
 
 
-def _run(args: Any, rest: list[str]) -> None:
+def _run(args: Any, rest: list[str]) -> Callable[[], Any]:
     recipe = _find(args.recipe)
     sys.argv = [str(recipe), *args.options]
-    runpy.run_path(str(recipe), run_name="__main__")
+    return partial(runpy.run_path, str(recipe), run_name="__main__")
 
 
 def _new(args: Any, rest: list[str]) -> None:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 FLOOR = (
     "masking",
+    "sampling",
     "logps",
     "kl",
     "weights",
@@ -44,6 +45,9 @@ FLOOR = (
     "conventions",
 )
 WRITTEN = {
+    "on_policy.md": "rollouts, rewards and the GRPO family: what a recipe composes, and how to write the next one",
+    "environments.md": "rollouts of several turns, with tools, against a plain function",
+    "server.md": "rollouts from vLLM, SGLang or transformers serve",
     "rlhf.md": "SFT, reward model, PPO on the built-in world: true reward against KL",
     "trl.md": "the class API of TRL 0.7: what is there, and where it differs from the release",
 }

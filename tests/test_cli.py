@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 
 from alignkit import cli
+from tests.test_layers import ROOT
 
 
 def recipe(
@@ -96,8 +97,9 @@ def test_list(capsys):
     cli.main(["list"])
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines]
-    assert names == ["best_of_n", "dpo", "iterative_sft", "ppo", "reward", "sft"]
-    assert "arXiv:2305.18290" in lines[1]
+    assert names == sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+    assert {"dapo", "dpo", "grpo", "ppo", "sft"} < set(names)
+    assert "arXiv:2305.18290" in lines[names.index("dpo")]
 
 
 def test_new_copies_and_never_overwrites(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ from alignkit.hf.arguments import arguments
 from alignkit.hf.arithmetic import arithmetic, correct
 from alignkit.hf.builtin import reviews, sentiment
 from alignkit.hf.data import pairs, prompts, shuffled, stream, text
+from alignkit.hf.environments import Environment
 from alignkit.hf.files import load
 from alignkit.hf.fit import fit
 from alignkit.hf.models import ActorCritic, Policy, causal_lm, frozen, save
@@ -15,6 +16,7 @@ from alignkit.hf.scorers import Scorer, reward_model
 
 __all__ = [
     "ActorCritic",
+    "Environment",
     "Policy",
     "Scorer",
     "arguments",

@@ -34,7 +34,7 @@ class Progress(ProgressCallback):
     """The Trainer's progress bar with the newest numbers on it, instead of printed between."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None:
+        if state.is_world_process_zero and self.training_bar is not None and _line(logs):
             self.training_bar.set_postfix_str(_line(logs))
 
 

@@ -23,6 +23,7 @@ from alignkit.hf.callbacks import Interrupt, Log, Print, Progress
 from alignkit.hf.loading import without_bars
 from alignkit.hf.models import Wrapper, load_value_head, save_value_head
 from alignkit.hf.processes import process
+from alignkit.hf.samples import Samples
 from alignkit.hf.trainer import LossTrainer
 from alignkit.train import add_metrics, check_columns, check_loss, split
 from alignkit.types import Aggregates, Batch, Metrics
@@ -40,6 +41,7 @@ def fit(
     tokenizer: Any = None,
     eval_batches: Batches | dict[str, Batches] | None = None,
     state: dict[str, Any] | None = None,
+    samples: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
     """Train `model` on a stream of step batches; returns the Trainer's closing metrics.
@@ -50,7 +52,8 @@ def fit(
     time, after the step before and under the same mixed precision, so a stream may sample from the model; it draws
     random numbers from generators of its own. What such a stream must remember (a controller's state, the rollout in
     progress) it keeps in the dict `state`, which is saved with every checkpoint of each process and filled again before
-    a resumed run calls `batches`. `eval_batches` is finite, and evaluated as one batch.
+    a resumed run calls `batches`. With a `tokenizer` too, answers of the newest rollout are shown every `samples` steps
+    (0 for never, by default five times in a run) and kept in `samples.parquet`. `eval_batches` is finite, and evaluated as one batch.
 
     Every log goes to `metrics.jsonl` in `args.output_dir` and to the trackers in `args.report_to`. Ctrl-C saves a
     checkpoint after the step in progress and exits with status 130; `args.resume_from_checkpoint`, a folder or "last",
@@ -60,13 +63,17 @@ def fit(
     if args.eval_strategy != "no" and eval_batches is None:
         raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs eval_batches, and fit was given none")
     checkpoint = to_resume(args)
+    watched = tokenizer is not None and state is not None
+    if samples and not watched:
+        raise ValueError(f"samples={samples} needs a tokenizer and state, the dict that holds the rollout")
+    watch = [Samples(tokenizer, state, every=samples)] if watched else []
     interrupt = Interrupt()
     trainer = _Trainer(
         model=model,
         args=args,
         processing_class=tokenizer,
         eval_dataset=eval_batches,
-        callbacks=[Log(resumed=checkpoint is not None), interrupt, *callbacks],
+        callbacks=[Log(resumed=checkpoint is not None), interrupt, *watch, *callbacks],
     )
     trainer.batches, trainer.aggregate, trainer.loss_fn, trainer.stream_state = batches, aggregate, loss_fn, state
     if checkpoint and state is not None:

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from alignkit.hf.arithmetic import correct
 from alignkit.hf.builtin import sentiment
+from alignkit.hf.games import STEPS
 from alignkit.hf.judges import Answers, Function, Model
 from alignkit.hf.sampling import decode
 from alignkit.hf.verifiers import mathematics
 from alignkit.shaping import weighted_sum
 
-BUILTIN = {"builtin:sentiment": sentiment, "builtin:arithmetic": correct, "builtin:math": mathematics}
+BUILTIN = {"builtin:sentiment": sentiment, "builtin:arithmetic": correct, "builtin:math": mathematics, **STEPS}
 
 
 class Reward:
@@ -73,7 +74,7 @@ def reward_fn(
     """A `Reward`; or an `environments.Environment`, of a function whose first parameter is `messages`.
 
     `reward` is the name of a reward, a Python function, or a list of them: "builtin:sentiment"; "builtin:arithmetic"
-    and "builtin:math" (math-verify), which compare with the column "answer"; `file.py:function`; or the folder or hub
+    and "builtin:math" (math-verify), which compare with the column "answer"; "builtin:guessing" and "builtin:calculator", environments; `file.py:function`; or the folder or hub
     id of a reward model, which reads prompt and answer, `rows` at a time. A weight is written `0.5*file.py:function`
     or `(0.5, function)`.
 

@@ -23,13 +23,13 @@ from torch import Tensor, maximum, minimum
 from alignkit.masking import clip, finite_exp, promote
 
 
-def reinforce(logps: Float[Tensor, "*shape"], advantages: Real[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def reinforce(logps: Float[Tensor, "*shape"], advantages: Real[Tensor, "*#shape"]) -> Float[Tensor, "*shape"]:
     """-A log pi: Williams 1992, doi:10.1007/BF00992696."""
     return -promote(advantages) * promote(logps)
 
 
 def asymre(
-    logps: Float[Tensor, "*shape"], advantages: Real[Tensor, "*shape"], *, shift: float | Tensor
+    logps: Float[Tensor, "*shape"], advantages: Real[Tensor, "*#shape"], *, shift: float | Tensor
 ) -> Float[Tensor, "*shape"]:
     """-(A - shift) log pi, with A = r minus the mean reward of the policy that sampled.
 
@@ -39,7 +39,7 @@ def asymre(
     return -(promote(advantages) - shift) * promote(logps)
 
 
-def positive_nll(logps: Float[Tensor, "*shape"], advantages: Real[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def positive_nll(logps: Float[Tensor, "*shape"], advantages: Real[Tensor, "*#shape"]) -> Float[Tensor, "*shape"]:
     """-log pi where A > 0, else 0: what imitation adds to PPO in VAPO, Yue et al. 2025, arXiv:2504.05118.
 
     The paper averages over the tokens of correct answers: weigh it with an aggregation of `mask & (advantages > 0)`.
@@ -60,7 +60,7 @@ def gpg_scale(rewards: Real[Tensor, "*batch group"]) -> Float[Tensor, ""]:
 
 
 def surrogate(
-    logps: Float[Tensor, "*shape"], old_logps: Float[Tensor, "*shape"], advantages: Real[Tensor, "*shape"]
+    logps: Float[Tensor, "*shape"], old_logps: Float[Tensor, "*shape"], advantages: Real[Tensor, "*#shape"]
 ) -> Float[Tensor, "*shape"]:
     """-ratio A: the importance-sampled policy gradient, L^CPI of Schulman et al. 2017, arXiv:1707.06347 eq. 6.
 
@@ -72,7 +72,7 @@ def surrogate(
 def clipped_surrogate(
     logps: Float[Tensor, "*shape"],
     old_logps: Float[Tensor, "*shape"],
-    advantages: Real[Tensor, "*shape"],
+    advantages: Real[Tensor, "*#shape"],
     *,
     low: float | Tensor = 0.2,
     high: float | Tensor = 0.2,
@@ -89,7 +89,7 @@ def clipped_surrogate(
 def clip_fraction(
     logps: Float[Tensor, "*shape"],
     old_logps: Float[Tensor, "*shape"],
-    advantages: Real[Tensor, "*shape"],
+    advantages: Real[Tensor, "*#shape"],
     *,
     low: float | Tensor = 0.2,
     high: float | Tensor = 0.2,
@@ -102,7 +102,7 @@ def clip_fraction(
 def dual_clip(
     logps: Float[Tensor, "*shape"],
     old_logps: Float[Tensor, "*shape"],
-    advantages: Real[Tensor, "*shape"],
+    advantages: Real[Tensor, "*#shape"],
     *,
     c: float | Tensor,
     low: float | Tensor = 0.2,
@@ -122,7 +122,7 @@ def decoupled_surrogate(
     logps: Float[Tensor, "*shape"],
     prox_logps: Float[Tensor, "*shape"],
     old_logps: Float[Tensor, "*shape"],
-    advantages: Real[Tensor, "*shape"],
+    advantages: Real[Tensor, "*#shape"],
     *,
     low: float | Tensor = 0.2,
     high: float | Tensor = 0.2,
@@ -138,7 +138,7 @@ def decoupled_surrogate(
 def cispo(
     logps: Float[Tensor, "*shape"],
     old_logps: Float[Tensor, "*shape"],
-    advantages: Real[Tensor, "*shape"],
+    advantages: Real[Tensor, "*#shape"],
     *,
     low: float | Tensor,
     high: float | Tensor,
@@ -157,7 +157,7 @@ def cispo(
 
 
 def topr(
-    logps: Float[Tensor, "*shape"], old_logps: Float[Tensor, "*shape"], advantages: Real[Tensor, "*shape"]
+    logps: Float[Tensor, "*shape"], old_logps: Float[Tensor, "*shape"], advantages: Real[Tensor, "*#shape"]
 ) -> Float[Tensor, "*shape"]:
     """-A log pi where A >= 0, -[min(ratio, 1)] A log pi where A < 0: tapered off-policy REINFORCE.
 
@@ -172,7 +172,7 @@ def topr(
 def sapo(
     logps: Float[Tensor, "*shape"],
     old_logps: Float[Tensor, "*shape"],
-    advantages: Real[Tensor, "*shape"],
+    advantages: Real[Tensor, "*#shape"],
     *,
     tau_pos: float | Tensor = 1.0,
     tau_neg: float | Tensor = 1.05,
@@ -190,7 +190,7 @@ def sapo(
 def cpgd(
     logps: Float[Tensor, "*shape"],
     old_logps: Float[Tensor, "*shape"],
-    advantages: Real[Tensor, "*shape"],
+    advantages: Real[Tensor, "*#shape"],
     *,
     low: float | Tensor,
     high: float | Tensor,
@@ -210,7 +210,7 @@ def cpgd(
 def kl_cov(
     logps: Float[Tensor, "*shape"],
     old_logps: Float[Tensor, "*shape"],
-    advantages: Real[Tensor, "*shape"],
+    advantages: Real[Tensor, "*#shape"],
     selected: Bool[Tensor, "*shape"],
     *,
     coef: float | Tensor,

@@ -123,7 +123,7 @@ def test_a_step_of_the_trainer_is_that_of_the_recipe(tmp_path, monkeypatch):
     for row, (counts, tokens) in enumerate(zip(mask, encoded)):
         ids[row, : len(tokens)] = torch.tensor(tokens)
         counts[2 : len(tokens)] = True
-    monkeypatch.setattr(hf, "sample", lambda *_, **__: (ids, mask))
+    monkeypatch.setattr(hf, "sample", lambda *_, **__: {"ids": ids, "mask": mask})
     same_for_both = {
         "max_grad_norm": 0.5,
         "lr_scheduler_type": "constant",

@@ -172,7 +172,7 @@ def test_rewards_of_functions_and_the_built_in_one(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("builtin:x", "the built-in reward is 'builtin:sentiment'"),
+        ("builtin:x", "built-in rewards are builtin:sentiment"),
         ("no/such.py:f", "there is no file no/such.py"),
         (f"{__file__}:nothing", "has no function 'nothing'"),
         ("./no/folder", "reward='./no/folder' is neither a folder that exists"),

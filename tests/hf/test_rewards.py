@@ -145,7 +145,7 @@ def test_a_function_cannot_spoil_the_columns_of_another(scored):
 
 
 @pytest.mark.parametrize(
-    "kind", [float, bool, Fraction, Decimal, np.float32, np.int64, np.bool_, torch.tensor], ids=str
+    "kind", [float, bool, Fraction, Decimal, np.float32, np.int64, np.bool_, torch.tensor], ids=lambda x: x.__name__
 )
 def test_kinds_of_numbers(scored, kind):
     assert scored(lambda text: kind("d" in text)) == [0, 1, 0, 0]
