@@ -37,7 +37,7 @@ def main(
     def collect(i):
         b = hf.rollout(policy, tok, prompts, score, n=2, size=2 * rollout, rows=micro, seed=seed, step=i, ref=ref)
         pairs = {name: column.unflatten(0, (-1, 2)) for name, column in b.items()}  # [rollout, 2, ...]
-        order = pairs["rewards"].argsort(-1, descending=True, stable=True)  # the better answer first
+        order = pairs["rewards"].argsort(dim=-1, descending=True, stable=True)  # the better answer first
         return {name: column[torch.arange(rollout)[:, None], order] for name, column in pairs.items()}
 
     def loss_fn(policy, ids, mask, ref_logps, rewards, truncated, weights, **_):

@@ -53,7 +53,8 @@ def fit(
     random numbers from generators of its own. What such a stream must remember (a controller's state, the rollout in
     progress) it keeps in the dict `state`, which is saved with every checkpoint of each process and filled again before
     a resumed run calls `batches`. With a `tokenizer` too, answers of the newest rollout are shown every `samples` steps
-    (0 for never, by default five times in a run) and kept in `samples.parquet`. `eval_batches` is finite, and evaluated as one batch.
+    (0 for never, by default five times in a run) and kept in `samples.parquet`. `eval_batches` is finite, and evaluated
+    as one batch.
 
     Every log goes to `metrics.jsonl` in `args.output_dir` and to the trackers in `args.report_to`. Ctrl-C saves a
     checkpoint after the step in progress and exits with status 130; `args.resume_from_checkpoint`, a folder or "last",

@@ -74,9 +74,9 @@ def reward_fn(
     """A `Reward`; or an `environments.Environment`, of a function whose first parameter is `messages`.
 
     `reward` is the name of a reward, a Python function, or a list of them: "builtin:sentiment"; "builtin:arithmetic"
-    and "builtin:math" (math-verify), which compare with the column "answer"; "builtin:guessing" and "builtin:calculator", environments; `file.py:function`; or the folder or hub
-    id of a reward model, which reads prompt and answer, `rows` at a time. A weight is written `0.5*file.py:function`
-    or `(0.5, function)`.
+    and "builtin:math" (math-verify), which compare with the column "answer"; "builtin:guessing" and
+    "builtin:calculator", environments; `file.py:function`; or the folder or hub id of a reward model, which reads
+    prompt and answer, `rows` at a time. A weight is written `0.5*file.py:function` or `(0.5, function)`.
 
     A function gets what the names of its parameters say. With `text`, a decoded answer, it is called for each of them
     and returns a number; with `texts`, it is called once and returns one for each. Further parameters are `prompt`

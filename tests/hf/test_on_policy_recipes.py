@@ -1,0 +1,162 @@
+"""The GRPO family: every recipe runs, on LoRA and in bf16, resumes in the midst of a rollout, and learns."""
+
+import json
+import runpy
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from alignkit import hf
+from alignkit.sampling import Sampling
+from tests.test_layers import ROOT
+
+FAMILY = (
+    "cispo",
+    "dapo",
+    "dr_grpo",
+    "grpo",
+    "gspo",
+    "on_policy_distillation",
+    "online_dpo",
+    "raft",
+    "reinforce_pp",
+    "remax",
+    "rloo",
+    "vapo",
+)
+EVEN = "def even(texts): return [sum(map(ord, text)) % 2 for text in texts]\n"
+SHORT = {
+    "sampling": Sampling(max_new=6),
+    "rollout": 8,
+    "batch": 4,
+    "micro": 2,
+    "steps": 2,
+    "lr": 1e-2,
+    "logging_steps": 1,
+}
+
+
+def run(recipe, **options):
+    small = {**SHORT, "warmup_steps": 0}
+    small |= {} if recipe in ("reinforce_pp", "remax", "online_dpo") else {"n": 4}
+    small |= {"batch": 2} if recipe == "raft" else {}
+    return runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"))["main"](**{**small, **options})
+
+
+def logs(out):
+    return [x for x in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in x]
+
+
+def parameters(out):
+    return hf.causal_lm(out)[0].state_dict()
+
+
+@pytest.fixture
+def task(tmp_path):
+    """Prompts of several lengths, and a reward that a random model gets half the time."""
+    (tmp_path / "even.py").write_text(EVEN)
+    rows = [{"prompt": "Film: The Last Letter\nReview:"}, {"prompt": "Hm"}, {"prompt": "The plot was"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"dataset": str(tmp_path / "prompts.jsonl"), "reward": (f"{tmp_path}/even.py:even",)}
+
+
+@pytest.mark.parametrize("recipe", FAMILY)
+def test_it_trains_and_logs(recipe, tmp_path, task):
+    out = tmp_path / "out"
+    before = hf.causal_lm("builtin:tiny")[0].state_dict()
+    options = {"teacher": "builtin:tiny#5"} if recipe == "on_policy_distillation" else {}
+    run(recipe, out=str(out), **task, **options)
+    rows = logs(out)
+    assert len(rows) == 2
+    assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows)
+    assert 0 <= rows[0]["reward"] <= 1 if recipe != "dapo" else rows[0]["reward"] <= 1
+    if recipe != "online_dpo":
+        names = {"length", "entropy", "truncated", "ratio", "approx_kl", "advantage", "zero_variance", "sampler_gap"}
+        assert names <= rows[0].keys()
+        assert rows[0]["ratio"] == pytest.approx(1, abs=1e-6)  # on-policy
+        assert rows[0]["approx_kl"] == pytest.approx(0, abs=1e-6)
+        assert rows[0]["sampler_gap"] < 1e-5
+    after = parameters(out)
+    assert any(not torch.equal(x, after[name]) for name, x in before.items())
+    table = pq.read_table(out / "samples.parquet").to_pylist()
+    assert {row["prompt"] for row in table} <= {"Film: The Last Letter\nReview:", "Hm", "The plot was"}
+    assert all(len(row["answer"]) >= 0 and row["length"] <= 6 for row in table)
+
+
+@pytest.mark.parametrize("recipe", FAMILY)
+def test_a_resumed_run_ends_with_the_same_parameters(recipe, tmp_path, task):
+    """Stopped after the first of a rollout's two steps."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    options = {**task, "save_steps": 1, "save_strategy": "steps", "steps": 4}
+    run(recipe, out=str(whole), **options)
+    run(recipe, out=str(again), resume_from_checkpoint=str(whole / "checkpoint-1"), **options)
+    a, b = parameters(whole), parameters(again)
+    assert all(torch.equal(x, b[name]) for name, x in a.items())
+    assert [row["loss"] for row in logs(whole)][1:] == [row["loss"] for row in logs(again)]
+
+
+@pytest.mark.parametrize("options", [{"lora": 2}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize("recipe", ["grpo", "vapo", "online_dpo"])
+def test_lora_and_bf16(recipe, tmp_path, task, options):
+    out = tmp_path / "out"
+    run(recipe, out=str(out), **task, **options)
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in logs(out))
+    hf.causal_lm(out)
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "dapo", "rloo"])
+def test_micro_batches_change_nothing(recipe, tmp_path, task):
+    runs = []
+    for micro in (1, 4):
+        out = tmp_path / str(micro)
+        run(recipe, micro=micro, out=str(out), optim="sgd", **task)
+        runs.append((parameters(out), logs(out)))
+    for name, x in runs[0][0].items():
+        torch.testing.assert_close(x, runs[1][0][name], atol=2e-6, rtol=0)
+    for a, b in zip(runs[0][1], runs[1][1]):
+        assert {k: a[k] for k in ("reward", "length", "entropy")} == pytest.approx(
+            {k: b[k] for k in ("reward", "length", "entropy")}, rel=1e-5
+        )
+
+
+def test_top_p_and_temperature_keep_the_first_ratio_at_one(tmp_path, task):
+    out = tmp_path / "out"
+    run("grpo", out=str(out), steps=1, **task | {"sampling": Sampling(max_new=6, temperature=0.7, top_p=0.8)})
+    assert logs(out)[0]["ratio"] == pytest.approx(1, abs=1e-6)
+    assert logs(out)[0]["sampler_gap"] < 1e-5
+
+
+def test_dapo_keeps_only_groups_that_differ_and_gives_up_where_there_are_none(tmp_path, task):
+    out = tmp_path / "out"
+    run("dapo", out=str(out), **task)
+    assert all(row["zero_variance"] == 0 for row in logs(out))
+    (tmp_path / "one.py").write_text("def one(texts): return [1.0] * len(texts)\n")
+    with pytest.raises(ValueError, match="dynamic_sampling kept 0 of 128 answers, but a rollout needs 8"):
+        run("dapo", out=str(tmp_path / "none"), **task | {"reward": (f"{tmp_path}/one.py:one",)})
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "remax", "reinforce_pp"])
+def test_a_reward_that_is_easy_to_raise_rises(recipe, tmp_path):
+    (tmp_path / "vowels.py").write_text("def vowels(texts): return [sum(c in 'aeiou' for c in t) for t in texts]\n")
+    out, options = tmp_path / "out", {"sampling": Sampling(max_new=8), "rollout": 32, "batch": 32, "micro": 32}
+    options |= {"steps": 10, "beta": 0.0, "dataset": "builtin:reviews", "reward": (f"{tmp_path}/vowels.py:vowels",)}
+    run(recipe, out=str(out), **options)
+    rewards = [row["reward"] for row in logs(out)]
+    assert rewards[-1] > rewards[0] + 1.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rollout": 6}, "rollout=6 must be a positive multiple of batch=4"),
+        ({"n": 3}, "rollout=8 must be a positive multiple of n=3 times 1 processes"),
+        ({"reward": ()}, "reward is empty"),
+        ({"sampling": Sampling(max_new=2000)}, "exceed the model's 1024 positions"),
+        ({"dataset": "builtin:nothing"}, "built-in datasets are builtin:reviews"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(tmp_path, task, options, message):
+    with pytest.raises(ValueError, match=message):
+        run("grpo", out=str(tmp_path / "out"), **{**task, **options})
