@@ -9,7 +9,7 @@ from alignkit import cli, hf
 from alignkit.losses.preference import dpo
 from alignkit.monitors import weigh_each
 from alignkit.sampling import Sampling
-from alignkit.weights import reweigh, row_mean, weigh
+from alignkit.weights import row_mean, weigh
 
 
 def main(
@@ -45,7 +45,7 @@ def main(
         margin = log_ratio[:, 0] - log_ratio[:, 1]  # [B]
         differ = rewards[:, 0] > rewards[:, 1]  # a tie teaches nothing
         signals = {"reward": rewards.mean(-1), "margin": margin, "ties": ~differ, "truncated": truncated.any(-1)}
-        return weigh(dpo(margin, beta=beta), reweigh(weights, differ)), weigh_each(signals, weights)
+        return weigh(torch.where(differ, dpo(margin, beta=beta), 0), weights), weigh_each(signals, weights)
 
     batches = hf.on_policy(collect, state, size=batch, epochs=epochs, seed=seed)
     hf.fit(loss_fn, policy, batches, aggregate=row_mean, args=args, tokenizer=tok, state=state)

@@ -106,6 +106,8 @@ def tiny(name: str = "builtin:tiny", dtype: torch.dtype = torch.float32, seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+    turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, turn_end]
     for parameter in model.parameters():  # not the buffers: positions stay exact
         parameter.data = parameter.data.to(dtype)
     return model, tokenizer

@@ -202,7 +202,9 @@ def test_plain_text_goes_on_in_lines(policy, tokenizer, monkeypatch, end):
 
 def test_an_end_of_turn_is_left_out_only_as_a_whole(policy, tokenizer, monkeypatch):
     say(monkeypatch, turns(f"5<{EOS}", f"7{END}"))
-    text, _ = written(tokenizer, Environment(games.guessing_step, "guess").play(policy, tokenizer, [PROMPTS[1]]))
+    row = {"prompt": [{"role": "user", "content": environments.TURN}], "answer": 7}  # which the user may say, too
+    text, _ = written(tokenizer, Environment(games.guessing_step, "guess").play(policy, tokenizer, [row]))
+    assert text.count(environments.TURN) == 1
     assert f"5<{EOS}{END}\n<|im_start|>user\nhigher" in text
 
 
@@ -469,6 +471,7 @@ def test_calculator():
     assert step("So answer: 3,149")[1:] == (1, True)
     assert step("answer: 3 or answer: 3149.0")[1:] == (1, True)
     assert step("answer: -3149")[1:] == (0, True)
+    assert step("answer: 3149.01")[1:] == (0, True)
     assert step("hm")[0].startswith("Say calc(")
     assert step("calc(1/0)")[0] == "error: division by zero"
 
