@@ -21,7 +21,7 @@ test-slow: .venv/.done
 
 test-bench: .venv/.done
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
-	TRL_EXPERIMENTAL_SILENCE=1 $(BIN)/python -m pytest -q -W "default" tests/bench/trl_parity.py
+	TRL_EXPERIMENTAL_SILENCE=1 $(BIN)/python -m pytest -q -W "default" tests/bench/trl_parity.py tests/bench/trl_grpo.py
 
 lint: .venv/.done
 	$(BIN)/ruff check $(SOURCES)

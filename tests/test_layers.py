@@ -64,7 +64,7 @@ def test_imports_go_down(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.stem)
 def test_recipes_are_short_and_flat(path):
-    limit = 72 if path.stem == "ppo" else 60  # the one with a critic
+    limit = 66 if path.stem == "ppo" else 60  # the one with a critic
     assert len(path.read_text().splitlines()) <= limit
     assert not any(name.startswith(("recipes", "alignkit.trl")) for name in imports(path))
     (main,) = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]

@@ -1,15 +1,18 @@
 """The steps of a trace that lead to the loss, each with the columns that go in and come out."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 
+from alignkit.explain.columns import Call, Column
 from alignkit.explain.frames import show
-from alignkit.explain.trace import Call, Column, Trace
+from alignkit.explain.trace import Trace
 
 Event = Call | Column
-MINIBATCH = "minibatch"
+ARGUMENTS = 6
+"""More are not listed."""
 
 
 @dataclass(eq=False)
@@ -20,7 +23,7 @@ class Step:
     part: str
     inputs: list[Column]
     outputs: list[Column]
-    arguments: list[str] | None = None
+    arguments: str = ""
     settings: dict[str, str] = field(default_factory=dict)
     is_model: bool = False
     differentiated: bool = False
@@ -28,10 +31,8 @@ class Step:
     @property
     def text(self) -> str:
         """`name(arguments; hyperparameters)`, or the expression."""
-        if self.arguments is None:
-            return self.title
-        settings = " ".join(f"{name}={value}" for name, value in self.settings.items())
-        return f"{self.title}({', '.join(self.arguments)}{'; ' * bool(settings)}{settings})"
+        settings = "".join(f" {name}={value}" for name, value in self.settings.items())
+        return f"{self.title}{self.arguments[:-1]};{settings})" if settings else self.title + self.arguments
 
 
 def flow(trace: Trace) -> tuple[list[Step], dict[str, list[str]]]:
@@ -41,47 +42,63 @@ def flow(trace: Trace) -> tuple[list[Step], dict[str, list[str]]]:
     loss = [trace.loss] if trace.loss else []
     for column, call in made_by.items():
         column.default = _default(column, call)
-    shown = {x for x in parts["stream"] if isinstance(x, Call) and not x.inside}
-    used = [x for call in shown for x in _columns(call)]
-    wanted = _closure([*loss, *used], made_by)
+    shown = [x for x in parts["stream"] if isinstance(x, Call) and not x.inside]
+    wanted = _closure([*loss, *(x for call in shown for x in _columns(call))], made_by)
     path = {x for x in _closure(loss, made_by) if x.differentiated}
     steps = [Step(trace.source, "stream", [], [x for x in wanted if not x.text and x not in made_by])]
     for part, events in parts.items():
-        for event in events:
-            if isinstance(event, Call) and (event in shown or wanted.keys() & event.outputs):
-                arguments = [x if isinstance(x, str) else label(x) for x in event.arguments]
-                inputs = _visible(_columns(event), made_by)
-                steps.append(Step(event.name, part, inputs, event.outputs, arguments, event.settings, event.is_model))
-            elif isinstance(event, Column) and event.name and event in wanted:
-                steps.append(Step(expression(event), part, _visible(event.sources, made_by), [event]))
-        drawn = [x for x in wanted if x.text == [MINIBATCH]] if part == "stream" else []
-        if drawn:
-            steps.append(Step(MINIBATCH, part, [x.sources[0] for x in drawn], drawn))
+        kept = [x for x in events if x in shown or any(y in wanted for y in _named(x))]
+        for _, group in groupby(kept, key=lambda x: x.site if isinstance(x, Column) else x):
+            steps.append(_step(list(group), part, made_by))
     for step in steps:
         step.differentiated = not path.isdisjoint(step.outputs)
         for column in step.outputs:
             column.differentiated = column in path
     metrics: dict[str, list[str]] = {}
     for name, column in trace.metrics.items():
-        metrics.setdefault(_metric(column, made_by), []).append(name)
+        call = made_by.get(column)
+        how = f"{call.name}{_listed(call)}" if call else label(column)
+        metrics.setdefault(how, []).append(name)
     return steps, metrics
 
 
 def label(column: Column) -> str:
     """A column's name in the recipe, or the expression that made it, or what made it."""
-    return column.name or (expression(column) if column.text else column.default)
+    return column.name or (_expression([column]) if column.text else column.default)
 
 
-def expression(column: Column) -> str:
-    """How arithmetic made a column, on one line, columns of a batch by their names alone."""
-    text = "".join(x if isinstance(x, str) else label(x) for x in column.text)
+def _expression(columns: Sequence[Column]) -> str:
+    """How arithmetic made columns, on one line, with "…" for what differs and a batch's columns by their names."""
+    parts = [x[0] if x.count(x[0]) == len(x) else "…" for x in zip(*(column.text for column in columns))]
+    text = "".join(x if isinstance(x, str) else label(x) for x in parts)
     return re.sub(r"\w+\[\"(\w+)\"\]", r"\1", re.sub(r"\s+", " ", text))
+
+
+def _named(event: Event) -> list[Column]:
+    """The columns that a step for this event would return."""
+    return event.outputs if isinstance(event, Call) else [event] if event.name else []
+
+
+def _step(group: list[Event], part: str, made_by: dict[Column, Call]) -> Step:
+    """The step of a call, or of the columns that one expression made."""
+    call, columns = group[0], [x for x in group if isinstance(x, Column)]
+    if isinstance(call, Column):
+        inputs = _visible([x for column in columns for x in column.sources], made_by)
+        return Step(_expression(columns), part, inputs, columns)
+    inputs = _visible(_columns(call), made_by)
+    return Step(call.name, part, inputs, call.outputs, _listed(call), call.settings, call.is_model)
+
+
+def _listed(call: Call) -> str:
+    """The arguments of a call, unless they are very many."""
+    names = [x if isinstance(x, str) else label(x) for x in call.arguments]
+    return f"({', '.join(names) if len(names) <= ARGUMENTS else '…'})"
 
 
 def _parts(trace: Trace) -> dict[str, list[Event]]:
     """The events of the stream, those that make weights, those of the loss; a column of the batch is the stream's."""
     stream, loss = trace.events[: trace.before], trace.events[trace.before :] if trace.loss else []
-    weights: list[Event] = []
+    weights = list[Event]()
     for name, column in trace.batch.items():
         column.name, origin = name, trace.stream.get(name)
         if name in trace.aggregates:
@@ -90,7 +107,8 @@ def _parts(trace: Trace) -> dict[str, list[Event]]:
             trace.batch[name] = origin
             _replace(loss, column, origin)
         elif origin:
-            column.sources, column.text = [origin], [MINIBATCH]
+            column.sources, column.text = [origin], ["minibatch"]
+            stream.append(column)
     for name, (mask, aggregate) in trace.aggregates.items():
         options = aggregate.keywords if isinstance(aggregate, partial) else {}
         fn = aggregate.func if isinstance(aggregate, partial) else aggregate
@@ -138,8 +156,3 @@ def _default(column: Column, call: Call) -> str:
     if not call.is_model:
         return column.default or call.name
     return ["logps", "values"][call.outputs.index(column) % 2] if column.shape == first.shape else "rewards"
-
-
-def _metric(column: Column, made_by: dict[Column, Call]) -> str:
-    call = made_by.get(column)
-    return f"{call.name}({', '.join(label(x) for x in _columns(call))})" if call else label(column)

@@ -52,9 +52,21 @@ def leaves(x: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, x
 
 
+def scopes(frame: FrameType | None, files: tuple[str, ...], *, inner: bool = True) -> list[dict[str, Any]]:
+    """The variables of the running functions of `files`, the outermost first; not of comprehensions without `inner`."""
+    found: list[dict[str, Any]] = []
+    while frame is not None:
+        if frame.f_code.co_filename in files and (inner or not frame.f_code.co_name.endswith("comp>")):
+            found.insert(0, frame.f_locals)
+        frame = frame.f_back
+    return found
+
+
 def is_prompts(x: Any) -> bool:
     """Whether `x` is a list of prompts or of rows."""
-    return isinstance(x, list) and bool(x) and isinstance(x[0], str | Mapping | list)
+    if not isinstance(x, list) or not x or not isinstance(x[0], str | Mapping | list):
+        return False
+    return not (isinstance(x[0], Mapping) and any(isinstance(value, Tensor) for value in x[0].values()))
 
 
 def show(x: Any) -> str:

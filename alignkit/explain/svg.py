@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import pairwise
 
+from alignkit.explain.columns import Column
 from alignkit.explain.flow import Step, label
 from alignkit.explain.layout import Point, layout
-from alignkit.explain.trace import Column
 
 Node = Step | Column
 Edge = tuple[Node, Node]
@@ -121,7 +121,7 @@ def _edge(edge: Edge, points: Sequence[Point]) -> str:
 def _node(node: Node, place: Point, size: Point, lines: Sequence[str]) -> str:
     parts = [f'<g class="{type(node).__name__.lower()}{" grad" * node.differentiated}">']
     if isinstance(node, Step):
-        is_expression = node.arguments is None and node.inputs
+        is_expression = not node.arguments and node.inputs
         parts.append(_rect("box" + " model" * node.is_model + " expression" * bool(is_expression), place, size, 5))
     for i, line in enumerate(lines):
         y = place.y + (i - (len(lines) - 1) / 2) * LINE + 4

@@ -2,8 +2,8 @@
 
 from textwrap import fill
 
+from alignkit.explain.columns import Column
 from alignkit.explain.flow import Step, label
-from alignkit.explain.trace import Column
 
 WIDTH, INDENT, ARROW = 100, "    ", " → "
 TITLES = {

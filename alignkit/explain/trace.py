@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from alignkit.explain.frames import Span, is_prompts, leaves, parameters, quote, show, span
+from alignkit.explain.columns import Call, Column
+from alignkit.explain.frames import Span, is_prompts, leaves, parameters, quote, scopes, show, span
 
 HERE, PACKAGE = str(Path(__file__).parent), str(Path(__file__).parent.parent)
 OPEN = f"{PACKAGE}/hf/rollouts.py"
@@ -26,35 +26,10 @@ PLUMBING = {"gather", "share", "shuffled", "stream"}
 SILENT = {"seed", "step", "rows", "start", "dim", "greedy", "n"}
 """Keywords that say nothing of the algorithm."""
 
-IN_PLACE = re.compile(r"__i\w+__|__setitem__|\w*[^_]_")
+IN_PLACE = re.compile(r"__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)__|__setitem__|\w*[^_]_")
 """Operations that change their first argument."""
 WORD = re.compile(r"(?<![\w.\"])([A-Za-z_]\w*)(?![\w\"]|\s*=[^=])")
 """A variable in an expression."""
-
-
-@dataclass(eq=False)
-class Column:
-    """A tensor, or a list of prompts. What arithmetic in the recipe made has `text`, its expression, and `sources`."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    differentiated: bool
-    name: str = ""
-    default: str = ""
-    sources: "list[Column]" = field(default_factory=list)
-    text: "list[str | Column]" = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Call:
-    """A call of an alignkit function: what it was given, its hyperparameters, and what it returned."""
-
-    name: str
-    arguments: list[Column | str]
-    settings: dict[str, str]
-    is_model: bool = False
-    inside: bool = False
-    outputs: list[Column] = field(default_factory=list)
 
 
 class Trace(TorchFunctionMode):
@@ -102,7 +77,7 @@ class Trace(TorchFunctionMode):
             sources = [self._column(x) for x in given]
             columns, is_new = self._made(frame, sources, made)
             for column in columns if is_new else []:
-                column.text, column.sources = self._quote(frame), sources
+                column.text, column.sources, column.site = self._quote(frame), sources, (id(frame), span(frame))
                 self.events.append(column)
         return out
 
@@ -211,29 +186,17 @@ class Trace(TorchFunctionMode):
 
     def _observe(self, frame: FrameType) -> None:
         """Give columns the names that the recipe's variables and dicts have for them."""
-        for names in self._scopes(frame):
+        for names in scopes(frame, self.files, inner=False):
             for name, x in leaves(names):
                 known, column = self._known.get(id(x), (None, None))
-                if column is not None and known is x:
+                if column is not None and known is x and not name.startswith("_"):
                     column.name = column.name or name
 
     def _name_of(self, x: Any, frame: FrameType) -> str:
-        found = [name for names in self._scopes(frame) for name, y in names.items() if y is x]
+        found = [name for names in scopes(frame, self.files) for name, y in names.items() if y is x]
         return found[0] if found else type(x).__name__.lower()
 
-    def _scopes(self, frame: FrameType | None) -> list[dict[str, Any]]:
-        """The variables of the recipe's running functions, the outermost first."""
-        scopes = []
-        while frame is not None:
-            scopes += [frame.f_locals] if frame.f_code.co_filename in self.files else []
-            frame = frame.f_back
-        return scopes[::-1]
-
-    def _column(self, x: Any) -> Column:
+    def _column(self, x: Tensor) -> Column:
         if id(x) not in self._known:
-            is_tensor = isinstance(x, Tensor)
-            shape, dtype = (
-                (tuple(x.shape), str(x.dtype).removeprefix("torch.")) if is_tensor else ((len(x),), "prompts")
-            )
-            self._known[id(x)] = x, Column(shape, dtype, is_tensor and x.requires_grad)
+            self._known[id(x)] = x, Column(tuple(x.shape), str(x.dtype).removeprefix("torch."), x.requires_grad)
         return self._known[id(x)][1]

@@ -10,8 +10,8 @@ SECONDS = 5  # for math-verify to parse an answer, and to compare it
 def mathematics(text: str, **columns: Any) -> float | None:
     """`builtin:math`: 1 if math-verify finds the text's answer equal to that of the column "answer" or "solution".
 
-    An answer may be an expression as it is, in dollars or boxed, or stand behind "####"; a solution is searched for
-    one. None where the column is; 0 for an answer that takes math-verify too long.
+    The column "answer" is an expression, as it is, in dollars or boxed, or what stands behind "####"; a solution is
+    searched for one. None where the column is; 0 for an answer that takes math-verify too long.
     """
     from math_verify import parse, verify
 
@@ -22,7 +22,7 @@ def mathematics(text: str, **columns: Any) -> float | None:
     if name is None:
         return None
     gold = str(golds[name]).rpartition("####")[2].strip()
-    if name == "answer" and "$" not in gold and "boxed" not in gold:
+    if name == "answer":
         gold = f"\\boxed{{{gold}}}"
     seconds = SECONDS if alarms_work() else None
     expected = parse(gold, parsing_timeout=seconds)

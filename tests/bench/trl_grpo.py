@@ -10,7 +10,7 @@ Not part of the suite, as alignkit never depends on TRL: `make test-bench` insta
 import contextlib
 import json
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,8 +36,11 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 N, ROWS, BETA = 4, 16, 0.3
 SAMPLING = Sampling(max_new=10, temperature=0.8, stop=("e", "a"))
 PROMPTS = ["Film: The Last Letter\nReview:", "Hm", "The plot was", "I saw it twice, and"]
-REWARD = "def score(texts): return [sum(map(ord, text)) % 9 / 8 for text in texts]\n"
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def score(texts: list[str]) -> list[float]:
+    return [sum(map(ord, text)) % 9 / 8 for text in texts]
 
 
 class Float64Head:
@@ -79,7 +82,6 @@ class Fitted(Exception):
 
 def recipe(name: str, folder: Path, **options: Any) -> SimpleNamespace:
     """What the recipe gives to `hf.fit`, its policy a little away from the reference, and its first rollout."""
-    (folder / "score.py").write_text(REWARD)
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     got: dict[str, Any] = {}
 
@@ -91,7 +93,7 @@ def recipe(name: str, folder: Path, **options: Any) -> SimpleNamespace:
         patch.setattr(hf, "fit", fit)
         patch.setattr(hf, "causal_lm", partial(hf.causal_lm, dtype="float64"))
         runpy.run_path(str(RECIPES / f"{name}.py"))["main"](
-            dataset=str(folder / "prompts.jsonl"), reward=(f"{folder}/score.py:score",), out=str(folder / "out"), n=N,
+            dataset=str(folder / "prompts.jsonl"), reward=(score,), out=str(folder / "out"), n=N,
             sampling=SAMPLING, rollout=ROWS, batch=ROWS, micro=ROWS, steps=1, **options,
         )  # fmt: skip
     hf.save(got["policy"], got["tok"], folder / "reference")
@@ -109,6 +111,12 @@ def move(model: nn.Module, seed: int) -> None:
         parameter += 0.02 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
 
 
+def off_policy(ours: SimpleNamespace, trainer: Any) -> None:
+    """The same change of both policies, after their rollout."""
+    for model in (ours.policy.lm, trainer.model):
+        move(model, seed=2)
+
+
 def trl_rollout(
     ours: SimpleNamespace, folder: Path, cls: Any, micro: int, *rewards: Any, **options: Any
 ) -> tuple[Any, Any]:
@@ -116,13 +124,11 @@ def trl_rollout(
     config = {GRPOTrainer: GRPOConfig, RLOOTrainer: RLOOConfig}[cls]
     args = config(
         str(folder / "trl"), num_generations=N, per_device_train_batch_size=micro, use_cpu=True, bf16=False,
-        gradient_accumulation_steps=ROWS // micro, num_iterations=2, max_completion_length=SAMPLING.max_new, report_to="none",
-        temperature=SAMPLING.temperature, model_init_kwargs={"dtype": torch.float64}, **options,
+        gradient_accumulation_steps=ROWS // micro, num_iterations=2, max_completion_length=SAMPLING.max_new,
+        report_to="none", temperature=SAMPLING.temperature, model_init_kwargs={"dtype": torch.float64}, **options,
     )  # fmt: skip
-    scope: dict[str, Any] = {}
-    exec(REWARD, scope)
     trainer = cls(
-        str(folder / "reference"), [lambda completions, **_: scope["score"](completions), *rewards], args=args,
+        str(folder / "reference"), [lambda completions, **_: score(completions), *rewards], args=args,
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
     )  # fmt: skip
     trainer.model.load_state_dict(ours.policy.lm.state_dict())
@@ -144,7 +150,7 @@ def on_answers(column: Tensor, mask: Tensor) -> Tensor:
     return column[mask.bool()]
 
 
-def same_rollout(ours: SimpleNamespace, theirs: Any, advantages: Tensor) -> None:
+def same_rollout(ours: SimpleNamespace, theirs: Any) -> None:
     """The same tokens, log-probs and advantages."""
     b, mask = ours.batch, theirs["completion_mask"]
     torch.testing.assert_close(on_answers(b["ids"], b["mask"]), on_answers(theirs["completion_ids"], mask))
@@ -152,13 +158,13 @@ def same_rollout(ours: SimpleNamespace, theirs: Any, advantages: Tensor) -> None
         if f"{name}_logps" in b and theirs.get(f"{name}_per_token_logps") is not None:
             per_token = theirs[f"{name}_per_token_logps"]
             torch.testing.assert_close(on_answers(b[f"{name}_logps"], b["mask"]), on_answers(per_token, mask), **CLOSE)
-    torch.testing.assert_close(advantages.flatten(), theirs["advantages"], **CLOSE)
-    assert advantages.abs().max() > 0.1
+    torch.testing.assert_close(b["advantages"].flatten(), theirs["advantages"], **CLOSE)
+    assert b["advantages"].abs().max() > 0.1
     assert (theirs["prompt_mask"] == 0).any()
     assert (mask == 0).any()
 
 
-def step(model: nn.Module, parts: list[Any], loss: Callable[[Any], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def step(model: nn.Module, parts: Iterable[Any], loss: Callable[[Any], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of the micro-batches and the gradients of all parameters."""
     total = torch.zeros((), dtype=torch.float64)
     for part in parts:
@@ -168,27 +174,26 @@ def step(model: nn.Module, parts: list[Any], loss: Callable[[Any], Tensor]) -> t
     return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def same_step(ours: SimpleNamespace, trainer: Any, theirs: Any, loss_fn: Any, aggregate: Any, *, micro: int) -> None:
-    """The same loss and gradients of one step."""
+def same_step(
+    ours: SimpleNamespace, trainer: Any, theirs: Any, loss_fn: Any, aggregate: Any, *, micro: int, value: bool = True
+) -> None:
+    """The same loss (if `value`) and gradients of one step."""
     (batch,) = train.weighted([ours.batch], aggregate)
     train.check_columns(loss_fn, batch)
-    loss, grads = step(
-        ours.policy.lm, list(train.split(batch, micro)), lambda part: loss_fn(ours.policy, **part)[0]
-    )  # fmt: skip
-    whole = {name: theirs.pop(name) for name in ("num_items_in_batch",) if name in theirs}
-    columns = {name: column for name, column in theirs.items() if isinstance(column, Tensor)}
+    loss, grads = step(ours.policy.lm, train.split(batch, micro), lambda part: loss_fn(ours.policy, **part)[0])
+    columns = {name: x for name, x in theirs.items() if isinstance(x, Tensor) and name != "num_items_in_batch"}
+    whole = {name: theirs[name] for name in theirs.keys() - columns.keys()}
     # RLOOTrainer leaves it to the Trainer to divide by the number of micro-batches
     share = micro / ROWS if isinstance(trainer, RLOOTrainer) else 1.0
-    parts = [part | whole for part in train.split(columns, micro)]
     their_loss, their_grads = step(
-        trainer.model, parts, lambda part: trainer.compute_loss(trainer.model, part) * share
-    )  # fmt: skip
-    if loss_fn is not ours.loss_fn or not isinstance(trainer, RLOOTrainer):
+        trainer.model,
+        train.split(columns, micro),
+        lambda part: trainer.compute_loss(trainer.model, part | whole) * share,
+    )
+    if value:
         torch.testing.assert_close(loss, their_loss, **CLOSE)
     assert max(grad.abs().max() for grad in grads.values()) > 1e-3
-    assert grads.keys() == their_grads.keys()
-    for name, grad in grads.items():
-        torch.testing.assert_close(grad, their_grads[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close(grads, their_grads, **CLOSE)
 
 
 CLIP = {"low": 0.1, "high": 0.15}
@@ -206,15 +211,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("micro", [ROWS, N])
 @pytest.mark.parametrize("name", CASES)
 def test_recipe(name: str, micro: int, tmp_path: Path) -> None:
-    """The recipe's own loss, aggregation and advantages, with TRL's clip range."""
+    """The recipe's own loss, aggregation and advantages; the clip range is one at which some tokens are clipped."""
     options, settings = CASES[name]
     ours = recipe(name, tmp_path, **options)
     rewards = [get_soft_overlong_punishment(SAMPLING.max_new, SAMPLING.max_new // 5)] * (name == "dapo")
     ours.loss_fn.__globals__["CLIP"] = {"low": 0.0, "high": 1.15} if name == "cispo" else CLIP
     trainer, theirs = trl_rollout(ours, tmp_path, GRPOTrainer, micro, *rewards, **settings)
-    same_rollout(ours, theirs, ours.batch["advantages"])
-    for model in (ours.policy.lm, trainer.model):
-        move(model, seed=2)
+    same_rollout(ours, theirs)
+    off_policy(ours, trainer)
     same_step(ours, trainer, theirs, ours.loss_fn, ours.aggregate, micro=micro)
 
 
@@ -257,9 +261,8 @@ def test_other_conventions_of_grpo(name: str, tmp_path: Path) -> None:
     ours = recipe("grpo", tmp_path, beta=BETA)
     ours.batch["advantages"] = conventions.ADVANTAGE[advantages](ours.batch["rewards"].view(-1, N)).view(-1, 1)
     trainer, theirs = trl_rollout(ours, tmp_path, GRPOTrainer, micro, **EPSILON, **settings)
-    same_rollout(ours, theirs, ours.batch["advantages"])
-    for model in (ours.policy.lm, trainer.model):
-        move(model, seed=2)
+    same_rollout(ours, theirs)
+    off_policy(ours, trainer)
     same_step(ours, trainer, theirs, other_loss(formula), aggregate, micro=micro)
 
 
@@ -268,8 +271,8 @@ def test_rloo_on_policy(micro: int, tmp_path: Path) -> None:
     """The recipe is REINFORCE, TRL's loss the ratio of the answer: the same gradient where the ratio is 1."""
     ours = recipe("rloo", tmp_path, beta=BETA)
     trainer, theirs = trl_rollout(ours, tmp_path, RLOOTrainer, micro, beta=BETA)
-    same_rollout(ours, theirs, ours.batch["advantages"])
-    same_step(ours, trainer, theirs, ours.loss_fn, ours.aggregate, micro=micro)
+    same_rollout(ours, theirs)
+    same_step(ours, trainer, theirs, ours.loss_fn, ours.aggregate, micro=micro, value=False)
 
 
 def test_rloo_off_policy(tmp_path: Path) -> None:
@@ -281,7 +284,6 @@ def test_rloo_off_policy(tmp_path: Path) -> None:
 
     ours = recipe("rloo", tmp_path, beta=BETA)
     trainer, theirs = trl_rollout(ours, tmp_path, RLOOTrainer, N, beta=BETA, **EPSILON)
-    same_rollout(ours, theirs, ours.batch["advantages"])
-    for model in (ours.policy.lm, trainer.model):
-        move(model, seed=2)
+    same_rollout(ours, theirs)
+    off_policy(ours, trainer)
     same_step(ours, trainer, theirs, other_loss(formula), row_mean, micro=N)

@@ -112,6 +112,8 @@ class Later:
 
 
 def test_any_callable(scored):
+    assert hf.reward_fn(partial(raises)).names == ("raises",)
+    assert hf.reward_fn(Counter()).names == ("Counter",)
     bound = partial(lambda texts, level, **columns: [level + len(columns)] * len(texts), level=3)
     assert scored(bound) == [4] * 4  # not the column of that name
     assert scored(Counter()) == [4] * 4
@@ -133,6 +135,7 @@ def test_prompts_of_every_kind(tokenizer):
     assert seen == [[x for x in ("Hi", messages, tokenizer("Hi")["input_ids"], messages) for _ in range(2)]]
     with pytest.raises(ValueError, match=r"takes 'answer', which is none of texts, .* columns of the dataset: \[\]"):
         hf.reward_fn(lambda texts, answer: answer)(tokenizer, prompts, ids, mask)  # not a column of every row
+    assert not hf.reward_fn(lambda text, **columns: len(columns))(tokenizer, prompts[::-1], ids, mask).any()
 
 
 def test_a_function_cannot_spoil_the_columns_of_another(scored):
@@ -623,9 +626,13 @@ def test_built_in_rewards(scored):
         ("answer", 72, "The answer is 72.", 1),
         ("answer", "48 + 24 = 72, as she sold half.\n#### 72", "72", 1),
         ("answer", "48 + 24 = 72, as she sold half.\n#### 72", "24", 0),
+        ("answer", "Half of that.\n#### (1, 2)", "$(1,2)$", 1),
+        ("answer", r"\$18", "18 dollars", 1),
+        ("answer", r"10^{-3}", "0.001", 1),
         ("answer", "3", "who knows", 0),
         ("solution", r"Half of 4, hence \boxed{2}.", "$2$", 1),
         ("solution", r"Half of 4, hence \boxed{2}.", "$4$", 0),
+        ("solution", r"x=4, thus \frac{1}{2}", "0.5", 1),
     ],
 )
 def test_math_verify_compares(scored, column, gold, text, score):
