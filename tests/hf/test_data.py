@@ -240,7 +240,7 @@ def test_pairs_without_a_shared_first_message_are_refused(tokenizer):
     ("dataset", "message"),
     [
         ("missing.jsonl", "no such file"),
-        ("builtin:books", "'builtin:reviews'"),
+        ("builtin:books", "built-in datasets are builtin:reviews"),
         ("./nonsense", "neither a .jsonl"),
         ("nonsense", "nor a hub id within reach"),
     ],

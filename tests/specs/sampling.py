@@ -4,10 +4,10 @@ from tests.specs.base import row
 
 for name, options in {
     "": {"temperature": 0.7},
-    ", top-k": {"top_k": 2},
-    ", top-p": {"top_p": 0.6},
-    ", min-p": {"min_p": 0.3},
-    ", all": {"temperature": 1.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1},
+    "[top-k]": {"top_k": 2},
+    "[top-p]": {"top_p": 0.6},
+    "[min-p]": {"min_p": 0.3},
+    "[all]": {"temperature": 1.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1},
 }.items():
     row(
         f"sampling.filter_logits{name}",
