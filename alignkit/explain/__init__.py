@@ -4,7 +4,6 @@ import contextlib
 import inspect
 import io
 import runpy
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any
 from alignkit.explain.flow import flow
 from alignkit.explain.svg import svg as draw
 from alignkit.explain.text import text
-from alignkit.explain.trace import Trace
+from alignkit.explain.trace import Trace, unwatched
 from alignkit.hf import data
 
 TINY = {"batch": 8, "micro": 8, "rows": 8, "limit": 8, "n": 4, "max_new": 8}
@@ -99,10 +98,8 @@ def _few_rows() -> Iterator[None]:
     load = data.load  # type: ignore[attr-defined]
 
     def first(*args: Any, **options: Any) -> Any:
-        watch = sys.getprofile()
-        sys.setprofile(None)  # there is nothing to see
-        rows = load(*args, **options)
-        sys.setprofile(watch)
+        with unwatched():
+            rows = load(*args, **options)
         return rows.select(range(min(ROWS, len(rows))))
 
     data.load = first  # type: ignore[attr-defined]

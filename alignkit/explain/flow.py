@@ -45,7 +45,8 @@ def flow(trace: Trace) -> tuple[list[Step], dict[str, list[str]]]:
     shown = [x for x in parts["stream"] if isinstance(x, Call) and not x.inside]
     wanted = _closure([*loss, *(x for call in shown for x in _columns(call))], made_by)
     path = {x for x in _closure(loss, made_by) if x.differentiated}
-    steps = [Step(trace.source, "stream", [], [x for x in wanted if not x.text and x not in made_by])]
+    given = [x for x in wanted if not x.text and x not in made_by]
+    steps = [Step(trace.source, "stream", [], given)] if given else []
     for part, events in parts.items():
         kept = [x for x in events if x in shown or any(y in wanted for y in _named(x))]
         for _, group in groupby(kept, key=lambda x: x.site if isinstance(x, Column) else x):
@@ -56,8 +57,7 @@ def flow(trace: Trace) -> tuple[list[Step], dict[str, list[str]]]:
             column.differentiated = column in path
     metrics: dict[str, list[str]] = {}
     for name, column in trace.metrics.items():
-        call = made_by.get(column)
-        how = f"{call.name}{_listed(call)}" if call else label(column)
+        how = made_by[column].name + _listed(made_by[column]) if column in made_by else label(column)
         metrics.setdefault(how, []).append(name)
     return steps, metrics
 

@@ -21,7 +21,10 @@ class Point(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The middle of each node, the points that each edge goes through between its ends, and the size of it all."""
+    """The middle of each node, the points that each edge goes through between its ends, and the size of it all.
+
+    An edge has two points in each row that it crosses, one above the other, so that it bends between the rows.
+    """
 
     places: dict[Any, Point]
     bends: dict[Any, list[Point]]
@@ -39,7 +42,7 @@ def layout(
     grid: list[list[Hashable]] = [[] for _ in range(max(rows.values()) + 1)]
     for node, row in rows.items():
         grid[row].append(node)
-    chains: dict[tuple[Hashable, Hashable], list[Hashable]] = {}
+    chains: dict[tuple[Hashable, Hashable], list[tuple[Hashable, Hashable, int]]] = {}
     for a, b in edges:
         chains[a, b] = [(a, b, row) for row in range(rows[a] + 1, rows[b])]
         for bend, row in zip(chains[a, b], range(rows[a] + 1, rows[b])):
@@ -52,16 +55,18 @@ def layout(
             above[lower].append(upper)
     size = {node: sizes.get(node, Point(BEND, 0)) for row in grid for node in row}
     x = _across(grid, above, below, {node: point.x for node, point in size.items()}, gap.x)
-    y, top = dict[Hashable, float](), 0.0
+    y, top = list[tuple[float, float]](), 0.0
     for line in grid:
-        height = max(size[node].y for node in line)
-        y |= dict.fromkeys(line, top + height / 2)
-        top += height + gap.y
+        bottom = top + max(size[node].y for node in line)
+        y.append((top, bottom))
+        top = bottom + gap.y
     left = min(x[node] - size[node].x / 2 for node in x)
     right = max(x[node] + size[node].x / 2 for node in x)
-    at = {node: Point(x[node] - left, y[node]) for node in x}
-    points = {edge: [at[bend] for bend in bends] for edge, bends in chains.items()}
-    return Layout({node: at[node] for node in sizes}, points, Point(right - left, top - gap.y))
+    places = {node: Point(x[node] - left, sum(y[row]) / 2) for node, row in rows.items()}
+    points = {
+        edge: [Point(x[bend] - left, at) for bend in bends for at in y[bend[2]]] for edge, bends in chains.items()
+    }
+    return Layout(places, points, Point(right - left, y[-1][1]))
 
 
 def _across(

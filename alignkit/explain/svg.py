@@ -13,7 +13,7 @@ Edge = tuple[Node, Node]
 
 LETTER, LINE, PAD = 6.7, 15, 10
 """The width of a letter, from line to line, and around text; in pixels."""
-GAP, MARGIN, HEAD = Point(18, 22), 20, 26
+GAP, MARGIN, HEAD = Point(18, 28), 20, 26
 STYLE = """
 text { font: 11px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; fill: #212529 }
 .title { font-size: 13px; font-weight: 600 } .small { font-size: 10px; fill: #6c757d }

@@ -37,7 +37,7 @@ class Trace(TorchFunctionMode):
 
     def __init__(self, file: str):
         super().__init__()
-        self.files = (file, OPEN)
+        self.files: tuple[str, ...] = (file, OPEN)
         self.events: list[Call | Column] = []
         self.before: int | None = None  # the events of the stream, which are before those of the loss
         self.source = ""
@@ -56,30 +56,31 @@ class Trace(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch what this thread does."""
-        before = sys.getprofile()
-        sys.setprofile(self._profile)
         try:
-            with self:
+            with unwatched(), self:
+                sys.setprofile(self._profile)
                 yield
         finally:
-            sys.setprofile(before)
             for table in (self._known, self._running, self._done, self._calls):
                 table.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note what an operation in the recipe itself makes of what."""
         out = func(*args, **(kwargs or {}))
-        frame = None if self.loss else self._recipe(sys._getframe(1))
-        if frame is not None:
-            given = [x for _, x in leaves([args, kwargs]) if isinstance(x, Tensor)]
-            made = [x for _, x in leaves(out) if isinstance(x, Tensor) and all(x is not y for y in given)]
-            made = [args[0]] if IN_PLACE.fullmatch(func.__name__) else made
-            sources = [self._column(x) for x in given]
-            columns, is_new = self._made(frame, sources, made)
-            for column in columns if is_new else []:
-                column.text, column.sources, column.site = self._quote(frame), sources, (id(frame), span(frame))
-                self.events.append(column)
+        with unwatched():
+            frame = None if self.loss else self._recipe(sys._getframe(1))
+            if frame is not None:
+                self._note(frame, [x for _, x in leaves([args, kwargs]) if isinstance(x, Tensor)], func.__name__, out)
         return out
+
+    def _note(self, frame: FrameType, given: list[Tensor], operation: str, out: Any) -> None:
+        made = [x for _, x in leaves(out) if isinstance(x, Tensor) and all(x is not y for y in given)]
+        made = given[:1] if IN_PLACE.fullmatch(operation) else made
+        sources = [self._column(x) for x in given]
+        columns, is_new = self._made(frame, sources, made)
+        for column in columns if is_new else []:
+            column.text, column.sources, column.site = self._quote(frame), sources, (id(frame), span(frame))
+            self.events.append(column)
 
     def _profile(self, frame: FrameType, event: str, value: Any) -> None:
         if self.loss or event not in ("call", "return"):
@@ -112,29 +113,38 @@ class Trace(TorchFunctionMode):
         name = re.sub(r"<locals>\.|\b_\w+\.", "", frame.f_code.co_qualname)
         if "dataset" in given:
             self.source = f"{name}({given['dataset']})"
-        elif "loss_fn" in given:
-            self._loss_code, table = given["loss_fn"].__code__, given["aggregate"]
-            table = table if isinstance(table, dict) else {"weights": table}
-            self.aggregates = {k: x if isinstance(x, tuple) else ("mask", x) for k, x in table.items()}
+        elif {"loss_fn", "aggregate"} <= given.keys():
+            self._expect_loss(given["loss_fn"], given["aggregate"])
         self._observe(caller)
         called = given.pop("fn", None) if name == "infer" else given.pop("self", None)
         owner = getattr(called, "__self__", called)
-        if called is not None:
+        if owner is not None:
             method = name.rpartition(".")[2]
-            name = self._name_of(owner, caller)
-            name += "" if method in ("infer", "forward", "__call__") else f".{method}"
+            name = self._name_of(owner, caller) + f".{method}" * (method not in ("infer", "forward", "__call__"))
+        settings = {key: show(given[key]) for key in keywords if key not in SILENT and show(given[key])}
+        call = Call(name, self._arguments(given, caller), settings, isinstance(owner, nn.Module))
+        call.inside = caller.f_code.co_filename == OPEN
+        self._running[frame] = call, caller
+
+    def _expect_loss(self, loss_fn: Any, aggregate: Any) -> None:
+        self._loss_code = getattr(getattr(loss_fn, "func", loss_fn), "__code__", None)
+        if self._loss_code is not None:
+            self.files += (self._loss_code.co_filename,)
+        table = aggregate if isinstance(aggregate, dict) else {"weights": aggregate}
+        self.aggregates = {name: x if isinstance(x, tuple) else ("mask", x) for name, x in table.items()}
+
+    def _arguments(self, given: dict[str, Any], caller: FrameType) -> list[Column | str]:
+        """The tensors and prompts that a function is given, and the names of the models."""
         arguments: list[Column | str] = []
         for _, x in leaves(tuple(given.values())):
             if isinstance(x, nn.Module):
                 arguments.append(self._name_of(x, caller))
             elif is_prompts(x):
-                name_ = self._name_of(x, caller)
-                arguments.append(self._prompts.setdefault(name_, Column((len(x),), "prompts", False, name_)))
+                name = self._name_of(x, caller)
+                arguments.append(self._prompts.setdefault(name, Column((len(x),), "prompts", False, name)))
             elif isinstance(x, Tensor) and (x.dim() or id(x) in self._known):
                 arguments.append(self._column(x))
-        settings = {key: show(given[key]) for key in keywords if key not in SILENT and show(given[key])}
-        self._running[frame] = Call(name, arguments, settings, isinstance(owner, nn.Module)), caller
-        self._running[frame][0].inside = caller.f_code.co_filename == OPEN
+        return arguments
 
     def _end(self, frame: FrameType, value: Any) -> None:
         call, caller = self._running.pop(frame)
@@ -198,5 +208,20 @@ class Trace(TorchFunctionMode):
 
     def _column(self, x: Tensor) -> Column:
         if id(x) not in self._known:
-            self._known[id(x)] = x, Column(tuple(x.shape), str(x.dtype).removeprefix("torch."), x.requires_grad)
+            column = Column(tuple(x.shape), str(x.dtype).removeprefix("torch."), x.requires_grad)
+            column.text = (
+                ["parameter"] if isinstance(x, nn.Parameter) else []
+            )  # what is from nowhere is from the source
+            self._known[id(x)] = x, column
         return self._known[id(x)][1]
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Calls go by unseen, for speed."""
+    watch = sys.getprofile()
+    sys.setprofile(None)
+    try:
+        yield
+    finally:
+        sys.setprofile(watch)
