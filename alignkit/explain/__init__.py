@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.explain.flow import flow
+from alignkit.explain.frames import unwatched
 from alignkit.explain.svg import svg as draw
 from alignkit.explain.text import text
-from alignkit.explain.trace import Trace, unwatched
+from alignkit.explain.trace import Trace
 from alignkit.hf import data
 
 TINY = {"batch": 8, "micro": 8, "rows": 8, "limit": 8, "n": 4, "max_new": 8}

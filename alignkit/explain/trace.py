@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from alignkit.explain.columns import Call, Column
-from alignkit.explain.frames import Span, is_prompts, leaves, parameters, quote, scopes, show, span
+from alignkit.explain.frames import Span, is_prompts, leaves, parameters, quote, scopes, show, span, unwatched
 
 HERE, PACKAGE = str(Path(__file__).parent), str(Path(__file__).parent.parent)
 OPEN = f"{PACKAGE}/hf/rollouts.py"
@@ -28,8 +28,6 @@ SILENT = {"seed", "step", "rows", "start", "dim", "greedy", "n"}
 
 IN_PLACE = re.compile(r"__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)__|__setitem__|\w*[^_]_")
 """Operations that change their first argument."""
-WORD = re.compile(r"(?<![\w.\"])([A-Za-z_]\w*)(?![\w\"]|\s*=[^=])")
-"""A variable in an expression."""
 
 
 class Trace(TorchFunctionMode):
@@ -83,6 +81,8 @@ class Trace(TorchFunctionMode):
             self.events.append(column)
 
     def _profile(self, frame: FrameType, event: str, value: Any) -> None:
+        if self.loss:
+            sys.setprofile(None)  # that was all
         if self.loss or event not in ("call", "return"):
             return
         file = frame.f_code.co_filename
@@ -175,11 +175,7 @@ class Trace(TorchFunctionMode):
         """The expression that a frame is in, with the columns in it, be they results of calls or variables."""
         calls = {where: columns[0] for where, columns in self._calls.get(frame, {}).items() if len(columns) == 1}
         tensors = {name: x for name, x in frame.f_locals.items() if isinstance(x, Tensor) and id(x) in self._known}
-        parts: list[str | Column] = []
-        for part in quote(frame.f_code.co_filename, span(frame), calls):
-            words = WORD.split(part) if isinstance(part, str) else [part]
-            parts += [self._column(tensors[x]) if x in tensors else x for x in words]
-        return parts
+        return quote(frame, calls, {name: self._column(x) for name, x in tensors.items()})
 
     def _leave(self, frame: FrameType, value: Any) -> None:
         """A function of the recipe returns columns by name, or the loss and its metrics."""
@@ -214,14 +210,3 @@ class Trace(TorchFunctionMode):
             )  # what is from nowhere is from the source
             self._known[id(x)] = x, column
         return self._known[id(x)][1]
-
-
-@contextmanager
-def unwatched() -> Iterator[None]:
-    """Calls go by unseen, for speed."""
-    watch = sys.getprofile()
-    sys.setprofile(None)
-    try:
-        yield
-    finally:
-        sys.setprofile(watch)
