@@ -61,15 +61,18 @@ def rollouts(
             start += 1
 
 
-def infer(fn: Callable[..., Any], *columns: Tensor, rows: int | None = None) -> Any:
-    """`fn(*columns)` without gradient, `rows` rows at a time, joined again along the first axis.
+def infer(fn: Callable[..., Any], *columns: Tensor, rows: int | None = None, **named: Tensor) -> Any:
+    """`fn(*columns, **named)` without gradient, `rows` rows at a time, joined again along the first axis.
 
     A module, or a method of one, runs in eval mode on the module's device, and is left as it was. `fn` returns a tensor
     or a tuple of tensors.
     """
-    parts = split({str(i): x for i, x in enumerate(columns)}, rows)
+    parts, outputs = split({str(i): x for i, x in enumerate(columns)} | named, rows), []
     with torch.no_grad(), evaluating(fn) as device:
-        outputs = [fn(*(x.to(device) if device else x for x in part.values())) for part in parts]
+        for part in parts:
+            part = {name: x.to(device) if device else x for name, x in part.items()}
+            positional = [part.pop(str(i)) for i in range(len(columns))]
+            outputs.append(fn(*positional, **part))
     if isinstance(outputs[0], tuple):
         return tuple(torch.cat(x) for x in zip(*outputs))
     return torch.cat(outputs)

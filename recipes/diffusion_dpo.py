@@ -9,6 +9,7 @@ from alignkit import cli, hf
 from alignkit.hf import diffusion
 from alignkit.losses.diffusion import diffusion_dpo_margin
 from alignkit.losses.preference import dpo, hinge, ipo
+from alignkit.train import infer
 from alignkit.weights import row_mean, weigh
 
 LOSSES = {"dpo": dpo, "ipo": ipo, "hinge": hinge}
@@ -38,7 +39,7 @@ def main(
     def batches(step):
         for i, b in enumerate(hf.stream(rows, batch=batch, seed=seed, start=step), step):
             b |= policy.draw(len(b["original"]), seed=seed, step=i)  # one noise and time for both images
-            yield {"mask": b.pop("mask"), "ref_errors": ref.infer(rows=micro, **b), **b}
+            yield {"mask": b.pop("mask"), "ref_errors": infer(ref, rows=micro, **b), **b}
 
     def loss_fn(policy, original, noise, timesteps, mask, ref_errors, weights, **cond):
         errors = policy(original, noise, timesteps, **cond)  # [B, 2]

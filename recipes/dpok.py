@@ -8,7 +8,6 @@ import torch
 from alignkit import cli, hf
 from alignkit.advantages import leave_one_out
 from alignkit.data import by_step, mix
-from alignkit.diffusion import Normal, normal_kl, normal_logps
 from alignkit.hf import diffusion
 from alignkit.losses.policy import clipped_surrogate
 from alignkit.weights import row_mean, token_mean, weigh
@@ -34,7 +33,7 @@ def main(
     out: str = "runs/dpok",
     **training,
 ):
-    size, kind = rollout * denoising.steps, {"dims": 3, "reduce": denoising.reduce}
+    size = rollout * denoising.steps
     args = hf.arguments(out, rollout=size, batch=batch, micro=micro, lr=lr, steps=steps, seed=seed, **training)
     policy = diffusion.pipeline(model, denoising=denoising, lora=lora, seed=seed)
     ref, score, prompts, state = diffusion.frozen(policy), diffusion.image_reward(reward), hf.prompts(dataset), {}
@@ -44,10 +43,9 @@ def main(
         b["advantages"] = leave_one_out(b["rewards"].view(-1, n)).flatten()
         return by_step(b, 1, generator=torch.Generator().manual_seed(mix(seed, i)))
 
-    def loss_fn(policy, latents, next_latents, timesteps, mask, old_logps, ref_mean, advantages, weights, rows, **seen):
-        mean, std = policy(latents, None, timesteps, **{k: x for k, x in seen.items() if k.startswith("cond_")})
-        new = Normal(mean, std.where(mask[..., None, None, None], 1))
-        logps, kl = normal_logps(next_latents, new, **kind), normal_kl(new, new._replace(mean=ref_mean), **kind)
+    def loss_fn(policy, latents, next_latents, timesteps, old_logps, ref_mean, advantages, weights, rows, **seen):
+        new = policy(latents, None, timesteps, **{k: x for k, x in seen.items() if k.startswith("cond_")})
+        logps, kl = denoising.logps(next_latents, new), denoising.kl(new, ref_mean)
         loss = alpha * clipped_surrogate(logps, old_logps, advantages[:, None], **CLIP) + beta * kl
         return weigh(loss, weights), {"reward": weigh(seen["rewards"], rows), "kl": weigh(kl, weights)}
 

@@ -8,7 +8,6 @@ import torch
 from alignkit import cli, hf
 from alignkit.advantages import group_normalize
 from alignkit.data import by_step, mix
-from alignkit.diffusion import Normal, normal_kl, normal_logps
 from alignkit.hf import diffusion
 from alignkit.losses.policy import clip_fraction, clipped_surrogate
 from alignkit.weights import row_mean, token_mean, weigh
@@ -34,7 +33,7 @@ def main(
     out: str = "runs/flow_grpo",
     **training,
 ):
-    size, kind = rollout * denoising.share(fraction), {"dims": 3, "reduce": denoising.reduce}
+    size = rollout * denoising.share(fraction)
     args = hf.arguments(out, rollout=size, batch=batch, micro=micro, lr=lr, steps=steps, seed=seed, **training)
     policy = diffusion.pipeline(model, denoising=denoising, lora=lora, seed=seed)
     ref, score, prompts, state = diffusion.frozen(policy), diffusion.image_reward(reward), hf.prompts(dataset), {}
@@ -44,10 +43,10 @@ def main(
         b["advantages"] = group_normalize(b["rewards"].view(-1, n)).flatten()
         return by_step(b, 1, fraction=fraction, generator=torch.Generator().manual_seed(mix(seed, i)))
 
-    def loss_fn(policy, latents, next_latents, timesteps, mask, old_logps, ref_mean, advantages, weights, rows, **seen):
-        mean, std = policy(latents, None, timesteps, **{k: x for k, x in seen.items() if k.startswith("cond_")})
-        new, seen = Normal(mean, std.where(mask[..., None, None, None], 1)), {"reward": weigh(seen["rewards"], rows)}
-        logps, kl = normal_logps(next_latents, new, **kind), normal_kl(new, new._replace(mean=ref_mean), **kind)
+    def loss_fn(policy, latents, next_latents, timesteps, old_logps, ref_mean, advantages, weights, rows, **seen):
+        new = policy(latents, None, timesteps, **{k: x for k, x in seen.items() if k.startswith("cond_")})
+        seen = {"reward": weigh(seen["rewards"], rows)}
+        logps, kl = denoising.logps(next_latents, new), denoising.kl(new, ref_mean)
         loss, clipped = (f(logps, old_logps, advantages[:, None], **CLIP) for f in (clipped_surrogate, clip_fraction))
         return weigh(loss + beta * kl, weights), seen | {"kl": weigh(kl, weights), "clipped": weigh(clipped, weights)}
 

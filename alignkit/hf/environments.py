@@ -25,7 +25,7 @@ from alignkit import data
 from alignkit.hf.calls import Call, place, start
 from alignkit.hf.data import encode
 from alignkit.hf.models import Policy
-from alignkit.hf.processes import process
+from alignkit.hf.processes import row_seeds
 from alignkit.hf.sampling import Answer, answers
 from alignkit.types import Batch
 
@@ -86,8 +86,7 @@ class Environment:
             raise ValueError(f"prompts has {len(prompts)} rows and n={n}: both must be at least 1")
         rows = [x if isinstance(x, Mapping) else {"prompt": x} for x in prompts]
         episodes = [_Episode(tokenizer, row["prompt"], self._arguments(row)) for row in rows for _ in range(n)]
-        first = process().process_index * len(episodes)
-        seeds = [data.mix(data.mix(seed, step), first + i) for i in range(len(episodes))]
+        seeds = row_seeds(len(episodes), seed=seed, step=step)
         room = (getattr(policy.config, "max_position_embeddings", None) or math.inf) - policy.sampling.max_new
         for turn in range(self.turns):
             places = [i for i, episode in enumerate(episodes) if not episode.over]

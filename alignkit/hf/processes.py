@@ -33,6 +33,12 @@ def share(batch: Batch) -> Batch:
     return {name: x[rows * state.process_index :][:rows] for name, x in batch.items()}
 
 
+def row_seeds(rows: int, *, seed: int, step: int) -> list[int]:
+    """A seed for each row of this process in a step, by the row's place among those of all processes."""
+    key, first = data.mix(seed, step), process().process_index * rows
+    return [data.mix(key, first + i) for i in range(rows)]
+
+
 def on_policy(
     collect: Callable[[int], Batch], state: dict[str, Any], *, size: int, epochs: int = 1, seed: int
 ) -> Callable[[int], Iterator[Batch]]:

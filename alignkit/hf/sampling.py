@@ -14,7 +14,7 @@ from alignkit import data
 from alignkit.hf.data import encode
 from alignkit.hf.loading import without_adapter
 from alignkit.hf.models import Policy
-from alignkit.hf.processes import process
+from alignkit.hf.processes import row_seeds
 from alignkit.sampling import draw, filter_logits
 from alignkit.train import evaluating, infer
 from alignkit.types import Batch
@@ -49,12 +49,9 @@ def sample(
     its own log-probs, but not on the other rows; the global random state is not touched.
     """
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
-    rows = range(len(encoded) * n)
-    first = process().process_index * len(rows)
-    seeds = [data.mix(data.mix(seed, step), first + i) for i in rows]
-    return columns(
-        [encoded[i // n] for i in rows], answers(policy, tokenizer, encoded, n=n, greedy=greedy, seeds=seeds)
-    )
+    seeds = row_seeds(len(encoded) * n, seed=seed, step=step)
+    drawn = answers(policy, tokenizer, encoded, n=n, greedy=greedy, seeds=seeds)
+    return columns([ids for ids in encoded for _ in range(n)], drawn)
 
 
 def columns(prompts: Sequence[list[int]], drawn: Sequence[Answer]) -> Batch:

@@ -12,7 +12,7 @@ import torch
 
 from alignkit import hf
 from alignkit.advantages import turn_level
-from alignkit.hf import environments, games
+from alignkit.hf import environments, games, processes
 from alignkit.hf.data import encode
 from alignkit.hf.environments import Environment
 from alignkit.hf.sampling import Answer
@@ -170,7 +170,7 @@ def test_every_row_and_turn_has_random_numbers_of_its_own(policy, tokenizer, cal
     assert len(set(seeds)) == len(seeds) > 20
     assert len(calls) > 2
     other = type("Process", (), {"process_index": 1})
-    monkeypatch.setattr(environments, "process", other)
+    monkeypatch.setattr(processes, "process", other)
     play()
     assert not set(seeds) & {seed for call in calls[4:] for _, seed, _ in call}
 

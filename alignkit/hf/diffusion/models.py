@@ -10,13 +10,11 @@ from jaxtyping import Float, Real
 from peft import PeftModel
 from torch import Tensor, nn
 
-from alignkit import data
-from alignkit.diffusion import Normal, guided, normal_logps
+from alignkit.diffusion import Normal, guided
 from alignkit.hf.diffusion.unet import StableDiffusion
 from alignkit.hf.loading import without_bars
-from alignkit.hf.processes import process
+from alignkit.hf.processes import process, row_seeds
 from alignkit.losses.diffusion import denoising_error
-from alignkit.train import evaluating, split
 from alignkit.types import Batch
 
 
@@ -48,7 +46,7 @@ class Denoiser(nn.Module):
         are the columns of `encode`, one row of which belongs to all steps of its row.
         """
         normal = self.moments(latents, timesteps, **cond)
-        return normal if next_latents is None else self.logps(next_latents, normal)
+        return normal if next_latents is None else self.denoising.logps(next_latents, normal)
 
     def moments(
         self, latents: Float[Tensor, "rows steps *shape"], timesteps: Real[Tensor, "rows steps"], **cond: Tensor
@@ -64,13 +62,6 @@ class Denoiser(nn.Module):
         """The network's output as it is, without classifier-free guidance: what training on images compares."""
         x, times, cond = self._flat(latents, timesteps, cond)
         return self.family.output(self.net, x, times, **cond).unflatten(0, timesteps.shape)
-
-    def logps(self, next_latents: Float[Tensor, "rows steps *shape"], normal: Normal) -> Float[Tensor, "rows steps"]:
-        """Log-probs of `next_latents` under the moments, reduced as the spec says; 0 where std is 0."""
-        random = normal.std > 0
-        normal = Normal(normal.mean, torch.where(random, normal.std, 1))
-        logps = normal_logps(next_latents, normal, dims=next_latents.dim() - 2, reduce=self.denoising.reduce)
-        return torch.where(random.flatten(2).any(-1), logps, 0)
 
     def encode(self, prompts: Sequence[Any]) -> Batch:
         """What the network reads of prompts (strings, or rows with a column `prompt`): columns `cond_*`."""
@@ -125,21 +116,14 @@ class Regressor(Denoiser):
         x, target = (make(original, noise, timesteps) for make in (self.family.noised, self.family.target))
         return denoising_error(self.predict(x, timesteps, **cond), target, dims=original.dim() - 2)
 
-    @torch.no_grad()
-    def infer(self, *, rows: int | None = None, **columns: Tensor) -> Float[Tensor, "rows k"]:
-        """The errors without gradient, in eval mode, `rows` rows at a time: those of a reference."""
-        with evaluating(self) as device:
-            parts = [{name: x.to(device) for name, x in part.items()} for part in split(columns, rows)]
-            return torch.cat([self(**part) for part in parts])
-
     def draw(self, rows: int, *, seed: int, step: int) -> Batch:
         """`noise` [rows, 1, C, H, W] and `timesteps` [rows, 1] to train at in a step, and a `mask` [rows, 1] of True.
 
         A row depends on `seed`, `step` and its place among the rows of all processes.
         """
-        first, key, drawn = process().process_index * rows, data.mix(seed, step), []
-        for i in range(first, first + rows):
-            generator = torch.Generator().manual_seed(data.mix(key, i))  # on the CPU: every device draws the same
+        drawn = []
+        for own in row_seeds(rows, seed=seed, step=step):
+            generator = torch.Generator().manual_seed(own)  # on the CPU: every device draws the same
             times = self.family.random_times((1,), generator)
             drawn.append((torch.randn(1, *self.family.shape, generator=generator), times))
         noise, times = (torch.stack(column).to(self.family.device) for column in zip(*drawn))

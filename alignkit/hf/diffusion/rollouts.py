@@ -59,7 +59,7 @@ def _compared(ref: Denoiser, b: Batch, rows: int) -> Batch:
         for part in split({name: x for name, x in b.items() if name in COLUMNS or name.startswith("cond_")}, rows):
             steps = [part.pop(name).split(1, dim=1) for name in COLUMNS]
             moments = [ref.moments(x, times, **part) for x, _, times in zip(*steps)]
-            logps = [ref.logps(new, normal) for new, normal in zip(steps[1], moments)]
+            logps = [ref.denoising.logps(new, normal) for new, normal in zip(steps[1], moments)]
             parts.append((torch.cat([normal.mean for normal in moments], 1), torch.cat(logps, 1)))
     return {name: torch.cat(column) for name, column in zip(("ref_mean", "ref_logps"), zip(*parts))}
 

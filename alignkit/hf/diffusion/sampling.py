@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from alignkit import data
 from alignkit.diffusion import Normal
 from alignkit.hf.diffusion.models import Denoiser
-from alignkit.hf.processes import process
+from alignkit.hf.processes import process, row_seeds
 from alignkit.train import evaluating, split
 from alignkit.types import Batch
 
@@ -37,12 +36,12 @@ def denoise(
     if n < 1 or not len(prompts):
         raise ValueError(f"n={n} and the number of prompts, {len(prompts)}, must be at least 1")
     total = len(prompts) * n
-    first = process().process_index * total
-    seeds = torch.tensor([data.mix(data.mix(seed, step), first + i) for i in range(total)])
+    seeds = torch.tensor(row_seeds(total, seed=seed, step=step))
     with evaluating(policy):
         cond = {name: x.repeat_interleave(n, 0) for name, x in policy.encode(prompts).items()}
         parts = list(split(cond | {"seeds": seeds}, rows))
-        hidden, steps = True if first else None if bar is None else not bar, len(parts) * len(policy.family.times)
+        hidden = not process().is_main_process or (None if bar is None else not bar)
+        steps = len(parts) * len(policy.family.times)
         with tqdm(desc=f"{total} images", total=steps, disable=hidden, leave=False) as progress:
             parts = [_denoise(policy, progress, **part) for part in parts]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -60,7 +59,7 @@ def _denoise(policy: Denoiser, progress: Any, seeds: Tensor, **cond: Tensor) -> 
         times = time.expand(len(x), 1)
         mean, std = policy.moments(x, times, **cond)
         new = mean + std * noise()
-        logps = policy.logps(new, Normal(mean, std))
+        logps = policy.denoising.logps(new, Normal(mean, std))
         steps.append((x, new, times, std.flatten(2).any(-1), logps))
         x = new
         progress.update()

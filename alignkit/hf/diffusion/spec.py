@@ -4,7 +4,12 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Annotated
 
+import torch
 import tyro
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from alignkit.diffusion import Normal, normal_kl, normal_logps
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,17 @@ class Denoising:
     resolution: int = 0
     """Pixels of an image's side; 0 for those that the pipeline makes by itself."""
 
+    def logps(self, x: Float[Tensor, "rows steps *shape"], normal: Normal) -> Float[Tensor, "rows steps"]:
+        """Log-probs of what steps led to, reduced as `reduce` says; 0 where a step is deterministic."""
+        random, normal = _random(normal)
+        return torch.where(random, normal_logps(x, normal, dims=x.dim() - 2, reduce=self.reduce), 0)
+
+    def kl(self, normal: Normal, mean: Float[Tensor, "rows steps *shape"]) -> Float[Tensor, "rows steps"]:
+        """KL of steps to those of the same std around `mean`, likewise."""
+        random, normal = _random(normal)
+        kl = normal_kl(normal, normal._replace(mean=mean), dims=mean.dim() - 2, reduce=self.reduce)
+        return torch.where(random, kl, 0)
+
     def share(self, fraction: float) -> int:
         """How many of the steps this fraction of them is; ValueError for none, or more than all."""
         if not 1 <= int(self.steps * fraction) <= self.steps:
@@ -51,3 +67,9 @@ class Denoising:
         for name, (holds, what) in limits.items():
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {what}")
+
+
+def _random(normal: Normal) -> tuple[Bool[Tensor, "rows steps"], Normal]:
+    """Which steps are random, and their moments, where std is 1 for those that are not."""
+    random = normal.std > 0
+    return random.flatten(2).any(-1), normal._replace(std=torch.where(random, normal.std, 1))

@@ -7,10 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from alignkit import data
 from alignkit.diffusion import unrolled
 from alignkit.hf.diffusion.models import Denoiser
-from alignkit.hf.processes import process
+from alignkit.hf.processes import row_seeds
 from alignkit.types import Batch
 
 
@@ -59,9 +58,9 @@ class Unrolled(Denoiser):
         """
         if not 1 <= truncation <= steps:
             raise ValueError(f"truncation={truncation} must be at least 1, and at most steps={steps}")
-        first, key, parts = process().process_index * rows, data.mix(seed, step), []
-        for i in range(first, first + rows):
-            generator = torch.Generator().manual_seed(data.mix(key, i))
+        parts = []
+        for own in row_seeds(rows, seed=seed, step=step):
+            generator = torch.Generator().manual_seed(own)
             drawn = [torch.randn(1, *self.family.shape, generator=generator) for _ in range(steps + 1)]
             parts.append(torch.cat(drawn))
         drawn = torch.stack(parts).to(self.family.device)

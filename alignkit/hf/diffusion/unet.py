@@ -104,7 +104,7 @@ class StableDiffusion:
     def target(self, original: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """What the network should make of `noised`: the noise, the original or v."""
         if self._prediction == "v_prediction":  # sqrt(alpha) noise - sqrt(1 - alpha) original
-            return StableDiffusion.noised(self, noise, -original, times)
+            return add_noise(noise, -original, self._alphas[times][..., None, None, None])
         return noise if self._prediction == "epsilon" else original
 
     def pixels(self) -> tuple[int, int]:

@@ -21,8 +21,7 @@ from diffusers import (
 from torch import nn
 
 from alignkit import data
-from alignkit.hf import diffusion
-from alignkit.hf.diffusion import sampling
+from alignkit.hf import diffusion, processes
 from alignkit.hf.diffusion.families import family
 from alignkit.hf.diffusion.models import Denoiser
 from alignkit.hf.diffusion.unet import StableDiffusion
@@ -187,7 +186,7 @@ def test_an_image_depends_on_its_seed_alone(folders, monkeypatch):
     for name, x in whole.items():
         torch.testing.assert_close(alone[name], x, atol=1e-5, rtol=1e-5)
     place = SimpleNamespace(process_index=1)
-    monkeypatch.setattr(sampling, "process", lambda: place)
+    monkeypatch.setattr(processes, "process", lambda: place)
     second = diffusion.denoise(policy, PROMPTS[1:], n=2, seed=1)
     torch.testing.assert_close(second["images"], whole["images"][2:], atol=1e-5, rtol=1e-5)
     place.process_index = 0

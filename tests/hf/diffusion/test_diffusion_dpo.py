@@ -17,6 +17,7 @@ from alignkit import hf
 from alignkit.hf import diffusion
 from alignkit.hf.diffusion.rewards import colour
 from alignkit.hf.shapes import PROMPTS, shapes
+from alignkit.train import infer
 from tests.hf.diffusion.test_ddpo import weights
 from tests.hf.diffusion.test_denoiser import opened, spec
 from tests.test_layers import ROOT
@@ -167,7 +168,7 @@ def test_a_batch(folders, dataset, tmp_path, monkeypatch):
     assert not (first["noise"] == second["noise"]).flatten(1).all(1).any()
     torch.testing.assert_close(second, next(found["batches"](1)), atol=0, rtol=0)
     names = ("original", "noise", "timesteps", "cond_prompt")
-    errors = policy.infer(**{name: first[name] for name in names})
+    errors = infer(policy, **{name: first[name] for name in names})
     torch.testing.assert_close(first["ref_errors"], errors)
 
 

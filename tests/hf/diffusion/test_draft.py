@@ -11,8 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from alignkit.hf import diffusion
-from alignkit.hf.diffusion import through
+from alignkit.hf import diffusion, processes
 from tests.hf.diffusion.test_denoiser import disturbed, opened, spec
 from tests.test_layers import ROOT
 
@@ -140,7 +139,7 @@ def test_each_process_draws_its_rows(folders, monkeypatch):
     whole = policy.draw(4, steps=3, truncation=1, seed=1, step=5)
     assert [tuple(whole[name].shape[:2]) for name in ("before", "noise", "mask")] == [(4, 3), (4, 1), (4, 1)]
     assert len({x.item() for x in whole["before"].flatten(2)[..., 0].flatten()}) == 12
-    monkeypatch.setattr(through, "process", lambda: SimpleNamespace(process_index=1))
+    monkeypatch.setattr(processes, "process", lambda: SimpleNamespace(process_index=1))
     for name, x in policy.draw(2, steps=3, truncation=1, seed=1, step=5).items():
         assert torch.equal(x, whole[name][2:])
 

@@ -99,7 +99,7 @@ def trajectories(policy, reward):
             normal = policy.moments(x, t, **cond)
             new = normal.mean + normal.std * noise[:, i + 1 : i + 2]
             mask = (normal.std > 0).flatten(1).any(-1, keepdim=True)
-            columns.append((x, new, t, mask, policy.logps(new, normal), ref.moments(x, t, **cond).mean))
+            columns.append((x, new, t, mask, policy.denoising.logps(new, normal), ref.moments(x, t, **cond).mean))
             x = new
     names = ("latents", "next_latents", "timesteps", "mask", "old_logps", "ref_mean")
     b = {name: torch.cat(column, 1) for name, column in zip(names, zip(*columns))} | cond

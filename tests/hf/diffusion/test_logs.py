@@ -299,5 +299,5 @@ class TestProgress:
         assert not self.shown(monkeypatch, lambda: diffusion.denoise(policy, PROMPTS), terminal=True)
         from alignkit.hf.diffusion import sampling
 
-        monkeypatch.setattr(sampling, "process", lambda: SimpleNamespace(process_index=1))
+        monkeypatch.setattr(sampling, "process", lambda: SimpleNamespace(process_index=1, is_main_process=False))
         assert not self.shown(monkeypatch, lambda: diffusion.denoise(policy, PROMPTS, bar=True), terminal=True)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from alignkit.hf import diffusion
-from alignkit.hf.diffusion import models
+from alignkit.hf import diffusion, processes
 from alignkit.hf.diffusion.models import Regressor
 from alignkit.losses.diffusion import diffusion_dpo_margin
 from alignkit.losses.preference import dpo
+from alignkit.train import infer
 from tests.hf.diffusion.conftest import MAKERS, SD_SCHEDULER
 from tests.hf.diffusion.test_denoiser import PROMPTS, disturbed, opened, with_scheduler
 
@@ -137,7 +137,7 @@ def test_a_reference_is_of_the_policys_class(folders, lora):
     assert torch.equal(policy(*columns, **cond).detach(), errors)  # its adapter is on again
     policy.train()
     parts = dict(zip(("original", "noise", "timesteps"), columns)) | cond
-    inferred = ref.infer(rows=1, **parts)
+    inferred = infer(ref, rows=1, **parts)
     assert policy.training
     assert not inferred.requires_grad
     torch.testing.assert_close(inferred, before)
@@ -157,7 +157,7 @@ def test_draws_belong_to_their_rows(folders, monkeypatch):
     assert whole["mask"].all()
     assert len(whole["timesteps"].unique()) == 4
     place = SimpleNamespace(process_index=1)
-    monkeypatch.setattr(models, "process", lambda: place)
+    monkeypatch.setattr(processes, "process", lambda: place)
     second = policy.draw(2, seed=1, step=2)
     for name, x in second.items():
         assert torch.equal(x, whole[name][2:])
