@@ -12,6 +12,8 @@ from torch.nn.functional import pad
 
 from alignkit.masking import masked_mean, masked_sum, masked_var, promote, whiten
 
+BLOCK = 16  # steps of time
+
 
 def gae(
     rewards: Real[Tensor, "*batch time"],
@@ -25,12 +27,15 @@ def gae(
 
     Generalised advantage estimation, where t' is the next True position after t: holes in the mask are stepped over,
     not decayed through, and the row ends after its last True position (V = 0 there). Schulman et al. 2016,
-    arXiv:1506.02438 eq. 16. A doubling scan of log2(T) vector operations; `gamma` and `lam` may be tensors that
-    broadcast against [..., T].
+    arXiv:1506.02438 eq. 16. Computed as A = G - V from returns G_t = r_t + gamma ((1 - lam) V_t' + lam G_t'). `gamma`
+    and `lam` may be tensors that broadcast against [..., T], and take the dtype of the rest.
     """
-    values = torch.where(mask, promote(values), 0)
-    deltas = torch.where(mask, promote(rewards) + gamma * next_values(values, mask) - values, 0)
-    advantages = torch.where(mask, _scan(deltas, _decay(deltas, mask, gamma * lam)), 0)
+    rewards, values = (torch.where(mask, promote(x), 0) for x in (rewards, values))
+    kind = torch.promote_types(rewards.dtype, values.dtype)
+    gamma, lam = (_of_the_previous(x, mask, kind) for x in (gamma, lam))
+    worth = gamma * lam * rewards + gamma * (1 - lam) * values  # to the token before, without what comes later
+    later = pad(_scan(worth, _decay(worth, mask, gamma * lam))[..., 1:], (0, 1))
+    advantages = torch.where(mask, rewards - values + later, 0)
     return advantages, advantages + values
 
 
@@ -369,16 +374,54 @@ def _same_group(rewards: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Ten
     return promote(rewards)[..., None, :].expand(same.shape), same
 
 
+def _of_the_previous(x: float | Tensor, mask: Tensor, dtype: torch.dtype) -> float | Tensor:
+    """At each True position x of the True position before it; what is constant along time stays as it is."""
+    if not isinstance(x, Tensor):
+        return x
+    x = x.to(mask.device, dtype)
+    if not x.dim() or x.shape[-1] == 1:
+        return x
+    return next_values(x.expand(torch.broadcast_shapes(x.shape, mask.shape)).flip(-1), mask.flip(-1)).flip(-1)
+
+
 def _decay(like: Tensor, mask: Tensor, factor: float | Tensor) -> Tensor:
     """`factor` at True positions, 1 in holes, so that what comes later passes through them unchanged."""
-    return torch.where(mask, torch.as_tensor(factor, dtype=like.dtype, device=like.device), 1)
+    return torch.where(mask, factor.to(like) if isinstance(factor, Tensor) else factor, like.new_ones(()))
 
 
 def _scan(x: Tensor, factor: Tensor) -> Tensor:
-    """y_t = x_t + factor_t y_{t+1} along the last axis, by recursive doubling."""
+    """y_t = x_t + factor_t y_{t+1} along the last axis.
+
+    Long rows are cut into blocks of time, which all go backwards together: once for their first elements, which a scan
+    over the blocks then joins, and once more from there.
+    """
+    x, factor = torch.broadcast_tensors(x, factor)
+    if x.shape[-1] <= 8 * BLOCK:
+        return _doubling_scan(x, factor)
+    blocks = (*x.shape[:-1], -(-x.shape[-1] // BLOCK))
+    xs, factors = (_steps(z, blocks) for z in (x, factor))
+    y, product = xs[0], factors[0]
+    for here, decay in zip(xs[1:], factors[1:]):
+        y, product = torch.addcmul(here, decay, y), product * decay
+    first = _scan(y.reshape(blocks), product.reshape(blocks))
+    y, ys = pad(first[..., 1:], (0, 1)).flatten(), []
+    for here, decay in zip(xs, factors):
+        y = torch.addcmul(here, decay, y)
+        ys.append(y)
+    return torch.stack(ys[::-1]).T.reshape(*x.shape[:-1], -(-x.shape[-1] // BLOCK) * BLOCK)[..., : x.shape[-1]]
+
+
+def _steps(x: Tensor, blocks: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """The elements of all blocks of the last axis, one step at a time and the last of each block first."""
+    padded = pad(x, (0, blocks[-1] * BLOCK - x.shape[-1])).reshape(*blocks, BLOCK)
+    return padded.flatten(0, -2).T.contiguous().unbind()[::-1]
+
+
+def _doubling_scan(x: Tensor, factor: Tensor) -> Tensor:
+    """The same with vector operations alone: y_t from the sum over the next 1, 2, 4, ... elements."""
     time, step = x.shape[-1], 1
     while step < time:
-        x = torch.cat([torch.addcmul(x[..., :-step], factor[..., :-step], x[..., step:]), x[..., -step:]], -1)
-        factor = torch.cat([factor[..., :-step] * factor[..., step:], torch.zeros_like(factor[..., -step:])], -1)
+        x = torch.cat([torch.addcmul(x[..., :-step], factor[..., : time - step], x[..., step:]), x[..., -step:]], -1)
+        factor = factor[..., :-step] * factor[..., step:]
         step *= 2
     return x

@@ -249,9 +249,11 @@ def _comments(main: Callable[..., Any]) -> dict[str, str]:
 
 
 def _training_parser() -> Any:
-    from transformers import HfArgumentParser, TrainingArguments
+    from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(TrainingArguments, prog="training arguments", allow_abbrev=False, add_help=False)
+    from alignkit.hf.arguments import Arguments
+
+    parser = HfArgumentParser(Arguments, prog="training arguments", allow_abbrev=False, add_help=False)
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # only what is given
     return parser

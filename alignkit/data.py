@@ -116,6 +116,54 @@ def stream(rows: Rows, *, batch: int, seed: int, start: int = 0, rank: int = 0, 
     return map(collate, shuffled(rows, batch=batch, seed=seed, start=start, rank=rank, world=world))
 
 
+def deal(sizes: Sequence[int], shares: int) -> list[list[int]]:
+    """The places of `sizes` in `shares` lists of equal length and about equal sums, each in ascending order.
+
+    The largest first, to one share after another and back again.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    turn = [*range(shares), *reversed(range(shares))]
+    dealt: list[list[int]] = [[] for _ in range(shares)]
+    for place, i in enumerate(order):
+        dealt[turn[place % len(turn)]].append(i)
+    return [sorted(share) for share in dealt]
+
+
+def token_parts(batch: Batch, tokens: int, *, least: int = 1) -> list[list[int]]:
+    """The rows of a batch in parts of at most `tokens` tokens, but of one row at least, in at least `least` parts.
+
+    A row's tokens are those up to the last that counts, of both answers of a pair. Rows that follow one another with
+    one prompt stay together where they can, as it is then read once; beyond that, rows of one length do.
+    """
+    if not {"ids", "mask"} <= set(batch):
+        raise ValueError(f"tokens={tokens} needs the columns ids and mask; the batch has {sorted(batch)}")
+    if tokens < 1 or least > len(batch["mask"]):
+        raise ValueError(f"tokens={tokens} must be at least 1, and least={least} at most the number of rows")
+    mask = batch["mask"].flatten(1, -2) if batch["mask"].dim() > 2 else batch["mask"][:, None]
+    ids, here = batch["ids"].reshape(mask.shape), torch.arange(mask.shape[-1], device=mask.device)
+    sizes = torch.where(mask, here + 1, 0).amax(-1).sum(-1).tolist()
+    prompt = torch.where(mask, here, mask.shape[-1]).amin((1, 2))
+    alike = ((ids[1:] == ids[:-1]) | (here >= prompt[1:, None, None])).all((1, 2)) & (prompt[1:] == prompt[:-1])
+    runs = [[0]]
+    for i, same in enumerate(alike.tolist(), 1):
+        runs[-1].append(i) if same else runs.append([i])
+    parts: list[list[int]] = []
+    room = 0
+    for run in sorted(runs, key=lambda run: -max(sizes[i] for i in run)):
+        fresh = sum(sizes[i] for i in run) <= tokens  # a run that fits into one part is not cut
+        for i in run:
+            if not parts or room < (sum(sizes[j] for j in run) if fresh and i == run[0] else sizes[i]):
+                parts.append([])
+                room = tokens
+            parts[-1].append(i)
+            room -= sizes[i]
+    while len(parts) < least:
+        largest = max((part for part in parts if len(part) > 1), key=lambda part: sum(sizes[i] for i in part))
+        parts.append(largest[len(largest) // 2 :])
+        del largest[len(largest) // 2 :]
+    return parts
+
+
 def concat(batches: Sequence[Batch]) -> Batch:
     """Batches below one another; columns are padded on the right of their last axis to a common length."""
     return {name: _concat([batch[name] for batch in batches]) for name in batches[0]}

@@ -8,14 +8,10 @@ With `sampling` the distribution is the one that was sampled: tempered, filtered
 token itself is always left, so that rounding at the edge of a filter cannot make what was drawn impossible.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeAlias
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from alignkit.masking import promote
 from alignkit.sampling import Sampling, filter_logits
@@ -123,41 +119,6 @@ def with_tail(logps: Float[Tensor, "*shape k"]) -> Float[Tensor, "*shape k+1"]:
     return torch.cat([logps, (-torch.expm1(inside)).log()], -1)
 
 
-def head_logps(
-    hidden: Float[Tensor, "*batch time dim"],
-    weight: Float[Tensor, "vocab dim"],
-    ids: Int[Tensor, "*batch time"],
-    mask: Bool[Tensor, "*batch time"],
-    *,
-    bias: Float[Tensor, "vocab"] | None = None,
-    chunk: int = 512,
-    sampling: Sampling | None = None,
-) -> Float[Tensor, "*batch time"]:
-    """`token_logps(hidden @ weight.T + bias, ids, mask)` without ever holding [..., T, V].
-
-    The head runs on `chunk` positions at a time, only on those that count, and again in the backward pass.
-    Works under `grad`, `vmap`, `jvp` and double backward (under a transform on every position, as shapes must
-    not depend on data).
-    """
-    counted = mask[..., 1:]
-    targets = torch.where(counted, ids[..., 1:], 0)
-    return _head(partial(_picked, sampling=sampling), hidden, weight, bias, targets, counted, chunk)
-
-
-def head_entropy(
-    hidden: Float[Tensor, "*batch time dim"],
-    weight: Float[Tensor, "vocab dim"],
-    mask: Bool[Tensor, "*batch time"],
-    *,
-    bias: Float[Tensor, "vocab"] | None = None,
-    chunk: int = 512,
-    sampling: Sampling | None = None,
-) -> Float[Tensor, "*batch time"]:
-    """`entropy(hidden @ weight.T + bias, mask)` without ever holding [..., T, V]; see `head_logps`."""
-    counted = mask[..., 1:]
-    return _head(partial(_entropies, sampling=sampling), hidden, weight, bias, counted.long(), counted, chunk)
-
-
 def _predictions(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Which tokens count, and the logits that predict them; position 0 is left out."""
     counted = mask[..., 1:]
@@ -183,92 +144,3 @@ def _sampled(logits: Tensor, targets: Tensor | None, sampling: Sampling | None) 
         return left
     at = targets[..., None]
     return left.scatter(-1, at, logits.gather(-1, at) / sampling.temperature)
-
-
-_Statistic: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-
-
-def _head(
-    statistic: _Statistic,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    counted: Tensor,
-    chunk: int,
-) -> Tensor:
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1 position")
-    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    hidden = hidden[..., :-1, :]
-    if torch._C._are_functorch_transforms_active():  # shapes must not depend on the mask here
-        rows = torch.where(counted[..., None], hidden, 0).reshape(-1, hidden.shape[-1])
-        out = _Chunked.apply(rows, weight, bias, targets.reshape(-1), statistic, chunk)
-        return pad(torch.where(counted, out.reshape(counted.shape), 0), (1, 0))
-    where = counted.nonzero(as_tuple=True)
-    out = _Chunked.apply(hidden[where], weight, bias, targets[where], statistic, chunk)
-    return pad(torch.zeros(counted.shape, dtype=out.dtype, device=out.device).index_put(where, out), (1, 0))
-
-
-class _Chunked(torch.autograd.Function):
-    """statistic(rows @ weight.T + bias, targets), `chunk` rows at a time; logits are recomputed when needed."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        rows: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, statistic: _Statistic, chunk: int
-    ) -> Tensor:
-        parts = zip(rows.split(chunk), targets.split(chunk))
-        return torch.cat([statistic(promote(linear(x, weight, bias)), t) for x, t in parts])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.statistic, ctx.chunk = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-        kind = output.device.type  # what is recomputed must be what was computed
-        ctx.autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)}
-        ctx.autocast["enabled"] = torch.is_autocast_enabled(kind)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, bias, targets = ctx.saved_tensors
-        wanted = [i for i in range(3) if ctx.needs_input_grad[i]]
-        d_rows: list[Tensor] = []
-        sums: dict[int, Tensor] = {}
-        for x, t, g in zip(rows.split(ctx.chunk), targets.split(ctx.chunk), grad.split(ctx.chunk)):
-            inputs = [x, weight, bias]
-            with torch.autocast(**ctx.autocast):
-                vjp = torch.func.vjp(_at(ctx.statistic, t, inputs, wanted), *(inputs[i] for i in wanted))[1]
-            for i, d in zip(wanted, vjp(g)):
-                if i == 0:
-                    d_rows.append(d)
-                else:
-                    sums[i] = sums[i] + promote(d) if i in sums else promote(d)
-        d_weight, d_bias = (sums[i].to(x.dtype) if i in sums else None for i, x in ((1, weight), (2, bias)))
-        return torch.cat(d_rows) if d_rows else None, d_weight, d_bias, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        rows, weight, bias, targets = ctx.saved_tensors
-        d_rows, d_weight, d_bias = (
-            torch.zeros_like(x) if d is None else d for x, d in zip((rows, weight, bias), tangents)
-        )
-        out = []
-        for x, t, dx in zip(rows.split(ctx.chunk), targets.split(ctx.chunk), d_rows.split(ctx.chunk)):
-            # forward-mode AD does not nest, so transpose the (linear) vjp instead
-            inputs = [x, weight, bias]
-            value, vjp = torch.func.vjp(_at(ctx.statistic, t, inputs, [0, 1, 2]), *inputs)[:2]
-            out.append(torch.func.vjp(vjp, torch.zeros_like(value))[1]((dx, d_weight, d_bias))[0])
-        return torch.cat(out)
-
-
-def _at(statistic: _Statistic, targets: Tensor, inputs: list[Tensor], places: list[int]) -> Callable[..., Tensor]:
-    """statistic(rows @ weight.T + bias, targets) as a function of those `inputs` that stand at `places`."""
-
-    def head(*values: Tensor) -> Tensor:
-        rows, weight, bias = (dict(zip(places, values)).get(i, x) for i, x in enumerate(inputs))
-        return statistic(promote(linear(rows, weight, bias)), targets)
-
-    return head

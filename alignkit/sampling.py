@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from alignkit.masking import promote
+
+BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class Sampling:
     def filters(self) -> dict[str, Any]:
         """The keywords of `filter_logits`."""
         return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.filters | {"temperature": 1.0} != Sampling().filters
 
     @property
     def is_plain(self) -> bool:
@@ -92,12 +100,24 @@ def draw(logits: Float[Tensor, "*batch vocab"], uniform: Float[Tensor, "*batch"]
     """The token at which the cumulative softmax of `logits` passes `uniform`, numbers in [0, 1): one sample per row.
 
     Inversion sampling: a row's sample depends on nothing but its own logits and number, whatever else is in the batch.
+    What is cumulated in float64 are the sums of blocks of the vocabulary, and then the tokens of one block.
     """
+    logits = promote(logits)
     kind = torch.float32 if logits.device.type == "mps" else torch.float64
-    cumulative = logits.to(kind).softmax(-1).cumsum(-1)
-    passed = (cumulative <= uniform[..., None].to(kind) * cumulative[..., -1:]).sum(-1)
-    last = logits.shape[-1] - 1 - (logits > -torch.inf).flip(-1).to(torch.uint8).argmax(-1)  # rounding goes no further
-    return torch.minimum(passed, last)
+    probs = logits.softmax(-1)
+    blocks = pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    sums = blocks.sum(-1).to(kind).cumsum(-1)
+    block, rest = _pass(sums, uniform[..., None].to(kind) * sums[..., -1:])
+    tokens = blocks.gather(-2, block[..., None].expand(*block.shape, BLOCK))[..., 0, :]
+    token, _ = _pass(tokens.to(kind).cumsum(-1), rest)
+    return (block * BLOCK + token)[..., 0]
+
+
+def _pass(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place where `cumulative` is above `target`, and what of `target` is left of it there."""
+    last = (cumulative < cumulative[..., -1:]).sum(-1, keepdim=True)  # rounding goes no further
+    place = torch.minimum((cumulative <= target).sum(-1, keepdim=True), last)
+    return place, target - pad(cumulative, (1, 0)).gather(-1, place)
 
 
 def _at_least(logits: Tensor, bound: Tensor) -> Tensor:

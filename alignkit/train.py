@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from alignkit.data import mix
+from alignkit.data import mix, token_parts
 from alignkit.types import Aggregate, Aggregates, Batch, Metrics
 
 
@@ -24,6 +24,15 @@ def split(batch: Batch, rows: int | None) -> Iterator[Batch]:
         yield {name: column[i : i + step] for name, column in batch.items()}
 
 
+def split_tokens(batch: Batch, tokens: int | None, *, least: int = 1) -> Iterator[Batch]:
+    """The batch in the parts of `data.token_parts`, all of it if `tokens` is None."""
+    if tokens is None:
+        yield batch
+        return
+    for part in token_parts(batch, tokens, least=least):
+        yield {name: column[part] for name, column in batch.items()}
+
+
 def minibatches(
     batch: Batch, size: int, *, epochs: int = 1, generator: torch.Generator | None = None
 ) -> Iterator[Batch]:
@@ -35,7 +44,8 @@ def minibatches(
     for _ in range(epochs):
         order = torch.randperm(_rows(batch), generator=generator)
         for part in order.split(size):
-            yield {name: column[part.to(column.device)] for name, column in batch.items()}
+            place = part.sort().values  # rows of one prompt that follow one another still do
+            yield {name: column[place.to(column.device)] for name, column in batch.items()}
 
 
 def rollouts(
@@ -122,12 +132,14 @@ def update(
     *,
     aggregate: Aggregates,
     micro: int | None = None,
+    micro_tokens: int | None = None,
     max_grad_norm: float | None = 1.0,
 ) -> Metrics:
     """One optimizer step on `batch`, exact whatever the micro-batch size.
 
     `loss_fn(model, **columns) -> (scalar, metrics)` gets the batch's columns and those that `aggregate` makes of the
-    whole batch's mask, `micro` rows at a time; gradients and metrics of the parts add up. Returns the summed metrics
+    whole batch's mask, `micro` rows at a time and of these at most `micro_tokens` tokens (`data.token_parts`);
+    gradients and metrics of the parts add up. Returns the summed metrics
     with "loss" and "grad_norm" (before clipping), as tensors on the device. Raises TypeError if the columns are not
     the loss's arguments, and if it does not return a scalar and a dict.
     """
@@ -135,7 +147,7 @@ def update(
     check_columns(loss_fn, batch)
     optimizer.zero_grad()
     totals: Metrics = {}
-    for part in split(batch, micro):
+    for part in (part for rows in split(batch, micro) for part in split_tokens(rows, micro_tokens)):
         loss, metrics = check_loss(loss_fn(model, **part))
         loss.backward()
         add_metrics(totals, {"loss": loss, **metrics})

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -120,6 +121,64 @@ def test_gamma_and_lambda_may_be_tensors() -> None:
         alone = gae(rewards[i], values[i], mask[i], gamma=gamma, lam=lam)
         torch.testing.assert_close([x[i] for x in together], list(alone), **CLOSE)
         torch.testing.assert_close(returns[i], discounted_returns(rewards[i], mask[i], gamma=gamma), **CLOSE)
+
+
+def test_gamma_and_lambda_may_change_along_time() -> None:
+    source = Source(2, (4,), 9)
+    rewards, values, mask = source.tokens(), source.tokens(), source.mask()
+    gammas, lams = source.uniform(0.0, 1.0, 4, 9), source.uniform(0.0, 1.0, 9)
+    got, returns = gae(rewards, values, mask, gamma=gammas, lam=lams)
+    for row in range(4):
+        later_advantage = later_value = 0.0
+        for t in reversed(range(9)):
+            if not mask[row, t]:
+                assert got[row, t] == returns[row, t] == 0
+                continue
+            delta = rewards[row, t] + gammas[row, t] * later_value - values[row, t]
+            later_advantage = delta + gammas[row, t] * lams[t] * later_advantage
+            later_value = values[row, t]
+            torch.testing.assert_close(got[row, t], later_advantage, **CLOSE)
+            torch.testing.assert_close(returns[row, t], later_advantage + later_value, **CLOSE)
+
+
+@pytest.mark.parametrize("time", [257, 320, 333])
+def test_long_rows_are_the_loop_too(time: int) -> None:
+    source = Source(time, (2, 2), time)
+    rewards, values, mask = source.tokens(), source.tokens(), source.mask()
+    got = gae(rewards, values, mask, gamma=0.99, lam=0.9)
+    rows = [x.reshape(-1, time) for x in (rewards, values, mask)]
+    expected = zip(*(reference(r, v, m, 0.99, 0.9) for r, v, m in zip(*rows)))
+    for x, wanted in zip(got, expected):
+        torch.testing.assert_close(
+            x.reshape(-1, time), torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=1e-12
+        )
+    mapped = torch.func.vmap(partial(gae, gamma=0.99, lam=0.9))(rewards, values, mask)
+    for x, y in zip(mapped, got):
+        torch.testing.assert_close(x, y, **CLOSE)
+
+
+def test_long_rows_have_the_gradients_of_the_definition() -> None:
+    source = Source(0, (1,), 300)
+    rewards, mask, weights = source.tokens().requires_grad_(), source.mask(), source.tokens()
+    gamma = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    place = mask.cumsum(-1)
+    powers = torch.where(mask & mask.mT & (place >= place.mT), gamma ** (place - place.mT).clamp(min=0), 0)
+    losses = ((powers @ rewards[0]) * weights).sum(), (discounted_returns(rewards, mask, gamma=gamma) * weights).sum()
+    wanted, got = (torch.autograd.grad(loss, (rewards, gamma)) for loss in losses)
+    torch.testing.assert_close(got, wanted, **CLOSE)
+
+
+def test_a_tensor_gamma_takes_the_dtype_of_the_rest() -> None:
+    rewards, mask = torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool)
+    half = torch.tensor([[0.5]], dtype=torch.float64)
+    assert {x.dtype for x in gae(rewards, rewards, mask, gamma=half, lam=half)} == {torch.float32}
+    assert discounted_returns(rewards, mask, gamma=half).tolist() == [[1.75, 1.5, 1.0]]
+    third = torch.tensor(1 / 3, dtype=torch.float64)
+    for kinds in ((torch.float64, torch.float32), (torch.float32, torch.float64)):
+        data = [rewards.to(kind) for kind in kinds]
+        got = gae(*data, mask, gamma=third, lam=1.0)[1]
+        torch.testing.assert_close(got, gae(*data, mask, gamma=1 / 3, lam=1.0)[1], **CLOSE)
+        assert got.dtype == torch.float64
 
 
 def test_gae_sweeps_over_gamma_with_vmap_and_differentiates_in_it() -> None:

@@ -7,7 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignkit.data import add_columns, by_step, collate, concat, mix, pad, shuffled, stream, truncate
+from alignkit.data import (
+    add_columns,
+    by_step,
+    collate,
+    concat,
+    deal,
+    mix,
+    pad,
+    shuffled,
+    stream,
+    token_parts,
+    truncate,
+)
 from alignkit.testing.strategies import seeds
 
 # columns
@@ -367,3 +379,59 @@ def test_trajectories_that_do_not_fit_are_refused() -> None:
             by_step(b | {"images": other}, 2)
     with pytest.raises(ValueError, match=r"must be \[R, T, ...\], not {}"):
         by_step({"advantages": torch.zeros(3)}, 1)
+
+
+SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=24)
+
+
+@given(sizes=SIZES, shares=st.integers(1, 4))
+def test_dealt_shares_have_as_many_rows_and_about_as_many_tokens(sizes, shares):
+    sizes = sizes[: len(sizes) // shares * shares]
+    dealt = deal(sizes, shares)
+    assert sorted(i for share in dealt for i in share) == list(range(len(sizes)))
+    assert all(share == sorted(share) and len(share) == len(sizes) // shares for share in dealt)
+    if sizes:
+        sums = [sum(sizes[i] for i in share) for share in dealt]
+        assert max(sums) - min(sums) <= max(sizes) - min(sizes)
+
+
+def token_batch(rows):
+    """Rows as (prompt, answer); the prompt's number is its tokens."""
+    ids = [[prompt] * (prompt + 2) + [9] * answer for prompt, answer in rows]
+    mask = [[False] * (prompt + 2) + [True] * answer for prompt, answer in rows]
+    return collate([{"ids": i, "mask": m} for i, m in zip(ids, mask)])
+
+
+TOKEN_ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=12)
+
+
+@given(rows=TOKEN_ROWS, tokens=st.integers(1, 40), least=st.integers(1, 4))
+def test_parts_hold_every_row_once_and_at_most_so_many_tokens(rows, tokens, least):
+    batch, least = token_batch(rows), min(least, len(rows))
+    sizes = [prompt + 2 + answer if answer else 0 for prompt, answer in rows]
+    parts = token_parts(batch, tokens, least=least)
+    assert sorted(i for part in parts for i in part) == list(range(len(rows)))
+    assert all(len(part) == 1 or sum(sizes[i] for i in part) <= tokens for part in parts)
+    assert len(parts) >= least
+    assert len(token_parts(batch, sum(sizes) or 1)) == 1
+
+
+def test_rows_of_one_prompt_stay_together_and_the_longest_go_first():
+    batch = token_batch([(1, 2), (1, 9), (2, 1), (2, 2), (3, 4), (3, 4), (0, 1)])
+    assert token_parts(batch, 18) == [[0, 1], [4, 5], [2, 3, 6]]
+    pairs = {"ids": batch["ids"][:6].unflatten(0, (3, 2)), "mask": batch["mask"][:6].unflatten(0, (3, 2))}
+    assert token_parts(pairs, 22) == [[2], [0], [1]]
+    assert token_parts(pairs, 30) == [[2], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "message"),
+    [
+        ({"latents": torch.zeros(2, 3)}, {"tokens": 4}, "tokens=4 needs the columns ids and mask; the batch has"),
+        (token_batch([(1, 2)]), {"tokens": 0}, "tokens=0 must be at least 1"),
+        (token_batch([(1, 2)]), {"tokens": 4, "least": 2}, "least=2 at most the number of rows"),
+    ],
+)
+def test_bad_parts(batch, options, message):
+    with pytest.raises(ValueError, match=message):
+        token_parts(batch, **options)

@@ -13,6 +13,7 @@ FLOOR_1 = [
     "masking",
     "sampling",
     "logps",
+    "heads",
     "kl",
     "weights",
     "advantages",
@@ -25,10 +26,17 @@ FLOOR_1 = [
     "filters",
     "importance",
     "diffusion",
+    "func",
     "losses",
 ]
 LIBRARIES = {"transformers", "datasets", "peft", "diffusers", "accelerate", "tokenizers"}
-BESIDE = {"logps": {"sampling"}, "monitors": {"kl", "weights"}, "multistep": {"advantages"}, "shaping": {"advantages"}}
+BESIDE = {
+    "logps": {"sampling"},
+    "heads": {"logps", "sampling"},
+    "monitors": {"kl", "weights"},
+    "multistep": {"advantages"},
+    "shaping": {"advantages"},
+}
 FLOOR_2 = ["data", "train", "source", "testing", "conventions"]
 MAY_IMPORT = {1: {"types", "masking"}, 2: {*FLOOR_1, *FLOOR_2}, 3: {*FLOOR_1, "data", "train", "source", "hf"}}
 

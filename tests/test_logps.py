@@ -1,19 +1,13 @@
 import math
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignkit.logps import (
     candidate_logps,
     entropy,
-    head_entropy,
-    head_logps,
     log_sum_sq_probs,
     sequence_logps,
     token_logps,
@@ -22,11 +16,9 @@ from alignkit.logps import (
     vocab_mean_logps,
     with_tail,
 )
-from alignkit.testing.strategies import DIM, VOCAB, Source, sources
+from alignkit.testing.strategies import VOCAB, Source, sources
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
-CHUNKS = (1, 2, 3, 7, 512)
-few = settings(max_examples=max(settings.default.max_examples // 2, 3))
 
 
 def by_hand(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -145,238 +137,9 @@ def test_ids_of_minus_100_may_sit_under_the_mask() -> None:
     logits, mask = torch.randn(1, 4, VOCAB), torch.tensor([[False, False, True, False]])
     ids, hidden = torch.tensor([[0, 0, 3, 0]]), torch.tensor([[-100, -100, 3, -100]])
     assert torch.equal(token_logps(logits, hidden, mask), token_logps(logits, ids, mask))
-    states, weight = torch.randn(1, 4, DIM), torch.randn(VOCAB, DIM)
-    assert torch.equal(head_logps(states, weight, hidden, mask), head_logps(states, weight, ids, mask))
 
 
 def test_an_unmasked_id_outside_the_vocabulary_is_an_error() -> None:
     mask, ids = torch.tensor([[False, True]]), torch.tensor([[0, VOCAB]])
     with pytest.raises((IndexError, RuntimeError)):
         token_logps(torch.zeros(1, 2, VOCAB), ids, mask)
-    with pytest.raises((IndexError, RuntimeError)):
-        head_logps(torch.zeros(1, 2, DIM), torch.zeros(VOCAB, DIM), ids, mask)
-
-
-# the chunked head
-
-
-def inputs(source: Source) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return source.tokens(DIM), source.real(VOCAB, DIM), source.real(VOCAB), source.ids(), source.mask()
-
-
-def plain(kind: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:
-    logits = hidden @ weight.T + (0 if bias is None else bias)
-    return token_logps(logits, ids, mask) if kind == "logps" else entropy(logits, mask)
-
-
-def head(kind: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor, n: int) -> Tensor:
-    if kind == "logps":
-        return head_logps(hidden, weight, ids, mask, bias=bias, chunk=n)
-    return head_entropy(hidden, weight, mask, bias=bias, chunk=n)
-
-
-forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # raised inside torch
-kinds = pytest.mark.parametrize("kind", ["logps", "entropy"])
-
-
-@kinds
-@given(source=sources(), chunk=st.sampled_from(CHUNKS), biased=st.booleans())
-def test_the_chunked_head_is_the_plain_one(kind: str, source: Source, chunk: int, biased: bool) -> None:
-    hidden, weight, bias, ids, mask = inputs(source)
-    leaves = [x.requires_grad_() for x in ((hidden, weight, bias) if biased else (hidden, weight))]
-    bias = bias if biased else None
-    cotangent = source.tokens()
-    got, expected = head(kind, hidden, weight, bias, ids, mask, chunk), plain(kind, hidden, weight, bias, ids, mask)
-    torch.testing.assert_close(got, expected, **CLOSE)
-    grads = [torch.autograd.grad((out * cotangent).sum(), leaves, create_graph=True) for out in (got, expected)]
-    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
-    second = [torch.autograd.grad(sum((g**2).sum() for g in first), leaves, materialize_grads=True) for first in grads]
-    torch.testing.assert_close(*second, rtol=1e-9, atol=1e-9)
-
-
-@kinds
-@forward_mode
-@few
-@given(source=sources(), chunk=st.sampled_from(CHUNKS))
-def test_forward_mode_through_the_chunked_head(kind: str, source: Source, chunk: int) -> None:
-    hidden, weight, bias, ids, mask = inputs(source)
-    primals = (hidden, weight, bias)
-    tangents = tuple(source.real(*x.shape) for x in primals)
-    got = torch.func.jvp(lambda h, w, b: head(kind, h, w, b, ids, mask, chunk), primals, tangents)
-    expected = torch.func.jvp(lambda h, w, b: plain(kind, h, w, b, ids, mask), primals, tangents)
-    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
-    for i in range(3):  # a tangent of one input at a time; the others have none
-
-        def one(f: Any, i: int = i) -> tuple[Tensor, Tensor]:
-            return torch.func.jvp(lambda x: f(*primals[:i], x, *primals[i + 1 :]), (primals[i],), (tangents[i],))
-
-        got = one(lambda h, w, b: head(kind, h, w, b, ids, mask, chunk))
-        torch.testing.assert_close(got, one(lambda h, w, b: plain(kind, h, w, b, ids, mask)), rtol=1e-11, atol=1e-11)
-
-
-@kinds
-@few
-@given(source=sources(), chunk=st.sampled_from(CHUNKS))
-def test_vmap_over_the_batch_and_over_gradients_of_the_weight(kind: str, source: Source, chunk: int) -> None:
-    hidden, weight, bias, ids, mask = inputs(source)
-    both = [
-        torch.func.vmap(lambda h, i, m, f=f: f(kind, h, weight, bias, i, m))(hidden, ids, mask)
-        for f in (lambda *args: head(*args, chunk), plain)
-    ]
-    torch.testing.assert_close(*both, **CLOSE)
-    per_sample = [
-        torch.func.vmap(
-            torch.func.grad(lambda w, h, i, m, f=f: f(kind, h, w, bias, i, m).sum()), in_dims=(None, 0, 0, 0)
-        )(weight, hidden, ids, mask)
-        for f in (lambda *args: head(*args, chunk), plain)
-    ]
-    torch.testing.assert_close(*per_sample, rtol=1e-11, atol=1e-11)
-    several = torch.stack([weight, weight + 1, -weight])
-    over_weights = [
-        torch.func.vmap(lambda w, f=f: f(kind, hidden, w, bias, ids, mask))(several)
-        for f in (lambda *args: head(*args, chunk), plain)
-    ]
-    torch.testing.assert_close(*over_weights, rtol=1e-11, atol=1e-11)
-
-
-@kinds
-@few
-@given(source=sources(), chunk=st.sampled_from(CHUNKS))
-def test_anything_may_sit_under_the_mask_within_transforms(kind: str, source: Source, chunk: int) -> None:
-    hidden, weight, bias, ids, mask = inputs(source)
-    before = torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)[..., None].expand(hidden.shape)
-    dirty = torch.where(before, hidden, source.garbage(hidden)), torch.where(mask, ids, source.garbage(ids))
-
-    def loss(h: Tensor, w: Tensor, i: Tensor, m: Tensor) -> Tensor:
-        return head(kind, h, w, bias, i, m, chunk).sum()
-
-    per_row = torch.func.vmap(torch.func.grad_and_value(loss, (0, 1)), (0, None, 0, 0))
-    clean = torch.where(before, hidden, 0), torch.where(mask, ids, 0)
-    got, expected = (per_row(h, weight, i, mask) for h, i in (dirty, clean))
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
-    assert all(x.isfinite().all() for x in (*got[0], got[1]))
-
-
-@kinds
-@forward_mode
-@settings(max_examples=3)
-@given(source=sources(fills=("plain",), max_rows=1, max_time=4))
-def test_first_and_second_derivatives_of_the_chunked_head(kind: str, source: Source) -> None:
-    hidden, weight, bias, ids, mask = inputs(source)
-    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-
-    def call(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return head(kind, h, w, b, ids, mask, 2)
-
-    assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(call, leaves)
-
-
-class Shapes(TorchDispatchMode):
-    """The shapes of all tensors that any operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[torch.Size] = []
-
-    def __torch_dispatch__(self, fn: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = fn(*args, **(kwargs or {}))
-        self.made += [x.shape for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
-        return out
-
-    def positions(self, vocab: int) -> set[int]:
-        return {int(s[:-1].numel()) for s in self.made if s[-1:] == (vocab,) and len(s) == 2} - {1}
-
-
-@kinds
-def test_no_logits_are_kept_or_made_whole(kind: str) -> None:
-    source, vocab, chunk = Source(0, (4,), 9), 23, 3
-    hidden, weight = source.tokens(DIM).requires_grad_(), source.real(vocab, DIM).requires_grad_()
-    ids, mask = source.integer(0, vocab, 4, 9), torch.ones(4, 9, dtype=torch.bool)
-    kept: list[torch.Size] = []
-    with Shapes() as shapes:
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-            out = head(kind, hidden, weight, None, ids, mask, chunk)
-        out.sum().backward()
-    assert kept
-    assert not [shape for shape in kept if shape[-1:] == (vocab,) and len(shape) > 1]
-    assert shapes.positions(vocab) == {chunk, 32 % chunk}
-
-
-@kinds
-def test_only_counted_positions_go_through_the_head(kind: str) -> None:
-    source, vocab = Source(0, (2,), 5), 11
-    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 1]]).bool()
-    with Shapes() as shapes:
-        head(kind, source.tokens(DIM), source.real(vocab, DIM), None, source.ids(), mask, 512)
-    assert shapes.positions(vocab) == {3}
-
-
-@kinds
-def test_the_head_takes_512_positions_at_a_time_unless_told(kind: str) -> None:
-    hidden, weight = torch.zeros(1, 600, 1), torch.zeros(11, 1)
-    ids, mask = torch.zeros(1, 600, dtype=torch.long), torch.ones(1, 600, dtype=torch.bool)
-    with Shapes() as shapes:
-        head_logps(hidden, weight, ids, mask) if kind == "logps" else head_entropy(hidden, weight, mask)
-    assert shapes.positions(11) == {512, 599 - 512}
-
-
-@kinds
-@pytest.mark.parametrize("chunk", [0, -3])
-def test_a_chunk_has_at_least_1_position(kind: str, chunk: int) -> None:
-    with pytest.raises(ValueError, match=f"chunk={chunk} must be at least 1"):
-        head(kind, *inputs(Source(0, (1,), 2)), chunk)
-
-
-@kinds
-def test_the_head_of_a_low_precision_model_gives_float32(kind: str) -> None:
-    hidden, weight, bias, ids, mask = inputs(Source(3, (2,), 4))
-    low = [x.to(torch.bfloat16).requires_grad_() for x in (hidden, weight, bias)]
-    out = head(kind, *low, ids, mask, 2)
-    assert out.dtype == torch.float32
-    for x, grad in zip(low, torch.autograd.grad(out.sum(), low)):
-        assert grad.dtype == x.dtype
-
-
-@kinds
-def test_nothing_to_count(kind: str) -> None:
-    hidden, weight, bias, ids, _ = inputs(Source(0, (2,), 3))
-    weight.requires_grad_()
-    out = head(kind, hidden, weight, bias, ids, torch.zeros(2, 3, dtype=torch.bool), 2)
-    assert out.tolist() == [[0] * 3] * 2
-    assert not torch.autograd.grad(out.sum(), weight)[0].any()
-
-
-@pytest.mark.parametrize("half", [False, True])
-def test_head_computes_backward_as_forward_under_autocast(half: bool) -> None:
-    torch.manual_seed(0)
-    ids, mask = torch.randint(0, 11, (3, 6)), torch.rand(3, 6) > 0.3
-    hidden, weight = torch.randn(3, 6, 8), torch.randn(11, 8)
-    grads = []
-    for chunked in (False, True):
-        h = (hidden.bfloat16() if half else hidden).clone().requires_grad_()
-        w = weight.clone().requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            if chunked:
-                out = head_logps(h, w, ids, mask, chunk=4)
-            else:
-                out = token_logps(torch.nn.functional.linear(h, w), ids, mask)
-        out.sum().backward()
-        grads.append((out, h.grad, w.grad))
-    (a, dh, dw), (b, eh, ew) = grads
-    torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-    torch.testing.assert_close(dh, eh, atol=1e-2, rtol=2e-2)
-    torch.testing.assert_close(dw, ew, atol=3e-2, rtol=2e-2)
-    assert (dh.dtype, dw.dtype) == (eh.dtype, ew.dtype)
-
-
-def test_a_frozen_head_gets_no_gradient() -> None:
-    hidden, weight = torch.randn(2, 5, 4, requires_grad=True), torch.randn(7, 4)
-    ids, mask = torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.bool)
-    head_logps(hidden, weight, ids, mask, chunk=3).sum().backward()
-    assert weight.grad is None
-    assert hidden.grad[:, :-1].abs().sum() > 0
-    hidden, weight = hidden.detach(), weight.requires_grad_()
-    head_logps(hidden, weight, ids, mask, chunk=3).sum().backward()
-    assert hidden.grad is None
-    assert weight.grad.abs().sum() > 0

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from alignkit.logps import entropy, head_entropy, head_logps, token_logps
+from alignkit.heads import Head, head_entropy, head_logps
+from alignkit.logps import entropy, token_logps
 from alignkit.sampling import Sampling, draw, filter_logits
 
 LOGITS = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
@@ -114,18 +115,18 @@ class TestLogProbs:
         expected = torch.where(mask[:, 1:], filtered[:, :-1].log_softmax(-1).amax(-1), 0)
         plain = token_logps(hidden @ weight.mT, ids, mask, sampling=self.spec)
         torch.testing.assert_close(plain[:, 1:], expected)
-        torch.testing.assert_close(head_logps(hidden, weight, ids, mask, chunk=3, sampling=self.spec), plain)
+        torch.testing.assert_close(head_logps(hidden, Head(weight), ids, mask, chunk=3, sampling=self.spec), plain)
         probs = filtered[:, :-1].softmax(-1)
         spread = torch.where(mask[:, 1:], -torch.special.xlogy(probs, probs).sum(-1), 0)
         torch.testing.assert_close(entropy(hidden @ weight.mT, mask, sampling=self.spec)[:, 1:], spread)
-        chunked = head_entropy(hidden, weight, mask, chunk=3, sampling=self.spec)
+        chunked = head_entropy(hidden, Head(weight), mask, chunk=3, sampling=self.spec)
         torch.testing.assert_close(chunked[:, 1:], spread)
 
     def test_gradients(self):
         hidden, weight, ids, mask, _ = self.batch()
 
         def chunked(h, w):
-            return head_logps(h, w, ids, mask, chunk=3, sampling=self.spec).square().sum()
+            return head_logps(h, Head(w), ids, mask, chunk=3, sampling=self.spec).square().sum()
 
         def plain(h, w):
             return token_logps(h @ w.mT, ids, mask, sampling=self.spec).square().sum()

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,18 @@ UNUSED = {
 """Training arguments that could not act here, and what to do instead."""
 
 
+@dataclass
+class Arguments(TrainingArguments):
+    """`TrainingArguments` of transformers, and what alignkit adds to them."""
+
+    micro_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of one forward pass at most, in parts of a micro-batch's rows."}
+    )
+
+
 def arguments(
     out: str, *, batch: int, micro: int, lr: float, steps: int, seed: int, rollout: int | None = None, **fields: Any
-) -> TrainingArguments:
+) -> Arguments:
     """`TrainingArguments` for steps of `batch` rows in micro-batches of `micro` on each process.
 
     `fields` are any others by name, and win over the defaults chosen here. Raises ValueError if one of them is set by
@@ -73,7 +83,7 @@ def arguments(
     }
     for name in own.keys() & fields.keys():
         raise ValueError(f"{name} is set by {own[name][0]} here; leave it out")
-    args = TrainingArguments(**{name: value for name, (_, value) in own.items()}, **(defaults | fields))
+    args = Arguments(**{name: value for name, (_, value) in own.items()}, **(defaults | fields))
     to_resume(args)  # refuse a folder before anything is loaded
     return args
 
@@ -81,6 +91,11 @@ def arguments(
 def check(args: TrainingArguments) -> None:
     """Raise ValueError for a training argument that could not act on a stream of batches."""
     refuse(args, UNUSED)
+    tokens = getattr(args, "micro_tokens", None)
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"micro_tokens={tokens} must be at least 1")
+    if tokens is not None and args.deepspeed:
+        raise ValueError(f"micro_tokens={tokens} cannot act with deepspeed, which counts micro-batches itself")
     if args.max_steps > 0 and args.num_train_epochs != type(args).__dataclass_fields__["num_train_epochs"].default:
         raise ValueError(f"num_train_epochs has no effect beside max_steps={args.max_steps}; give the number of steps")
 

@@ -87,8 +87,18 @@ def prompts(dataset: str | Path, *, split: str = "train") -> list[dict[str, Any]
 
 
 def stream(rows: Rows, *, batch: int, seed: int, start: int = 0) -> Iterator[Batch]:
-    """`data.stream` with this process's share of every batch."""
-    return map(data.collate, shuffled(rows, batch=batch, seed=seed, start=start))
+    """`data.stream` with this process's share of every batch; the shares have about as many tokens."""
+    state = process()
+    if batch < 1 or batch % state.num_processes:
+        raise ValueError(f"batch={batch} must be a positive multiple of the {state.num_processes} processes")
+    for whole in data.shuffled(rows, batch=batch, seed=seed, start=start):
+        shares = data.deal([_tokens(row) for row in whole], state.num_processes)
+        yield data.collate([whole[i] for i in shares[state.process_index]])
+
+
+def _tokens(row: Mapping[str, Any]) -> int:
+    ids = row.get("ids", ())
+    return sum(map(len, ids)) if len(ids) and isinstance(ids[0], Sequence) else len(ids)
 
 
 def shuffled(rows: Rows, *, batch: int, seed: int, start: int = 0) -> Iterator[list[Any]]:

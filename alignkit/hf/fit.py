@@ -6,6 +6,7 @@ Weights are computed on the masks of the whole step, so losses and metrics of th
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from alignkit.hf.models import load_value_head, save_value_head
 from alignkit.hf.processes import process
 from alignkit.hf.samples import Samples
 from alignkit.hf.trainer import LossTrainer
-from alignkit.train import add_metrics, check_columns, check_loss, split
+from alignkit.train import add_metrics, check_columns, check_loss, split, split_tokens
 from alignkit.types import Aggregates, Batch, Metrics
 
 Batches = Callable[[int], Iterator[Batch]] | Iterable[Batch]
@@ -113,6 +114,21 @@ class _Trainer(LossTrainer):
 
     def loss(self, model: nn.Module, **inputs: Any) -> tuple[Tensor, Metrics, None]:
         return *check_loss(self.loss_fn(model, **inputs)), None
+
+    def training_step(self, model: nn.Module, inputs: Batch, *rest: Any) -> Tensor:
+        """The micro-batch in parts of `micro_tokens` tokens, as many on all processes; the last one synchronises."""
+        tokens = getattr(self.args, "micro_tokens", None)
+        if tokens is None:
+            return super().training_step(model, inputs, *rest)
+        parts = list(split_tokens(inputs, tokens))
+        if self.accelerator.num_processes > 1:
+            most = self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device)).max().item()
+            parts = list(split_tokens(inputs, tokens, least=int(most)))
+        losses = []
+        for i, part in enumerate(parts, 1):
+            with self.accelerator.no_sync(model) if i < len(parts) else nullcontext():
+                losses.append(super().training_step(model, part, *rest))
+        return torch.stack(losses).sum()
 
     def get_train_dataloader(self) -> DataLoader:
         # not prepared by accelerate, which would pull the next batch before this step has changed the weights

@@ -11,15 +11,14 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers.utils import logging
 
+from alignkit.heads import head_logps, row_logps, row_measures
+from alignkit.hf.last_layer import last_layer
 from alignkit.hf.loading import open_model, without_adapter, without_bars
+from alignkit.hf.packing import Body
 from alignkit.hf.processes import process
-from alignkit.logps import entropy, head_entropy, head_logps, token_logps
+from alignkit.logps import entropy, token_logps
 from alignkit.sampling import Sampling
-from alignkit.train import evaluating
-
-logger = logging.get_logger(__name__)
 
 VALUE_HEAD = "value_head.safetensors"
 
@@ -38,6 +37,7 @@ class Wrapper(nn.Module):
     def __init__(self, lm: Any):
         super().__init__()
         self.lm = lm
+        self._body = Body(lm)
 
     def floating_point_ops(self, inputs: dict[str, Any], exclude_embeddings: bool = True) -> int:
         """6 operations per token and parameter: forward and backward, as the Trainer counts them."""
@@ -63,49 +63,62 @@ class Policy(Wrapper):
     `policy.sampling` is how `hf.sample` draws from it, and so the distribution whose log-probs these are.
     """
 
-    _needs_hidden = False
-
     def __init__(self, lm: Any, sampling: Sampling | None = None):
         super().__init__(lm)
         self.sampling = sampling or Sampling()
-        self._linear_head = _has_linear_head(lm)
+        self._knows_head = last_layer(lm) is not None
 
     def forward(
         self, ids: Int[Tensor, "*batch time"], mask: Bool[Tensor, "*batch time"]
     ) -> Float[Tensor, "*batch time"]:
         """Log-probs of the tokens where `mask` is True, 0 elsewhere; rows are right-padded.
 
-        The head runs on the True positions alone, in chunks; a model whose logits are more than a linear layer of its
-        last hidden state (soft-capping, an adapter on the head, prompt tuning) computes them in full instead.
+        Rows are read without their padding, a prefix that several share once, and none behind its last True position,
+        if the model's attention can (`packing.Body`). The head runs on the True positions alone, in chunks; logits
+        that are more than `last_layer` knows (prompt tuning, an adapter on the head that is no plain LoRA) are
+        computed in full instead.
         """
-        return self._run(ids, mask)[0]
+        (logps,) = self._run(ids, mask)
+        return logps
 
     def measure(self, ids: Int[Tensor, "*batch time"], mask: Bool[Tensor, "*batch time"]) -> tuple[Tensor, ...]:
         """(log-probs, entropies in nats) in one pass; a policy with a value head adds its values."""
-        logps, _, entropies = self._run(ids, mask, entropies=True)
-        return logps, entropies
+        return self._run(ids, mask, entropies=True)
 
     def _run(
-        self, ids: Tensor, mask: Tensor, *, entropies: bool = False
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-probs, the last hidden states (if there is a head for them), and entropies if asked for."""
+        self, ids: Tensor, mask: Tensor, *, entropies: bool = False, values: nn.Module | None = None
+    ) -> tuple[Tensor, ...]:
+        """Log-probs; if asked for entropies, and `values` of the hidden state before each token up to the last."""
         self._check_length(ids)
         time = ids.shape[-1]
         rows, counts = ids.reshape(-1, time), mask.reshape(-1, time)
-        options: dict[str, Any] = {"sampling": self.sampling}
-        if self._linear_head:
-            body, head = _body_and_head(self.lm)
-            hidden = body(input_ids=rows, use_cache=False)[0]
-            options["bias"] = head.bias
-            logps = head_logps(hidden, head.weight, rows, counts, **options)
-            spread = head_entropy(hidden, head.weight, counts, **options) if entropies else None
+        if not self._knows_head:
+            out = self.lm(input_ids=rows, use_cache=False, output_hidden_states=values is not None)
+            logits, options = out.logits[:, -time:], {"sampling": self.sampling}
+            found = [token_logps(logits, rows, counts, **options)]
+            found += [entropy(logits, counts, **options)] if entropies else []
+            states = out.hidden_states[-1][:, -time:].flatten(0, 1) if values is not None else None
+            places = torch.arange(rows.numel(), device=rows.device).view(rows.shape)
+        elif torch._C._are_functorch_transforms_active():  # shapes must not depend on the mask here
+            (states, places), head = self._body.padded(self.lm, rows), last_layer(self.lm)
+            found = [head_logps(states.unflatten(0, rows.shape), head, rows, counts, sampling=self.sampling)]
         else:
-            out = self.lm(input_ids=rows, use_cache=False, output_hidden_states=self._needs_hidden)
-            hidden = out.hidden_states[-1][:, -time:] if self._needs_hidden else None
-            logits = out.logits[:, -time:]
-            logps = token_logps(logits, rows, counts, **options)
-            spread = entropy(logits, counts, **options) if entropies else None
-        return logps.reshape(ids.shape), hidden, None if spread is None else spread.reshape(ids.shape)
+            found, states, places = self._packed(rows, counts, entropies)
+        if values is not None:
+            each = values(states.to(values.weight.dtype))[:, 0]
+            read = counts[:, 1:].flip(-1).cummax(-1).values.flip(-1)
+            found.append(pad(torch.where(read, each[places[:, :-1]], 0), (1, 0)))
+        return tuple(x.reshape(ids.shape) for x in found)
+
+    def _packed(self, ids: Tensor, mask: Tensor, entropies: bool) -> tuple[list[Tensor], Tensor, Tensor]:
+        counted = mask[:, 1:].cpu()  # what is read of a batch is decided on the host: one synchronisation
+        lengths = (counted * torch.arange(1, ids.shape[1])).amax(-1).tolist() if ids.shape[1] > 1 else [0] * len(ids)
+        states, places = self._body(self.lm, ids, lengths)
+        row, time = (x.to(ids.device) for x in counted.nonzero(as_tuple=True))
+        measure = row_measures if entropies else row_logps
+        found = measure(states[places[row, time]], last_layer(self.lm), ids[row, time + 1], sampling=self.sampling)
+        found = found if entropies else (found,)
+        return [x.new_zeros(ids.shape).index_put((row, time + 1), x) for x in found], states, places
 
 
 class ActorCritic(Policy):
@@ -114,11 +127,9 @@ class ActorCritic(Policy):
     `values[..., t]` is V of the tokens before t; the head begins at 0.
     """
 
-    _needs_hidden = True
-
     def __init__(self, lm: Any, sampling: Sampling | None = None):
         super().__init__(lm, sampling)
-        width = _body_and_head(lm)[1].weight.shape[-1]
+        width = without_adapter(lm).get_output_embeddings().weight.shape[-1]
         self.value_head = nn.Linear(width, 1, device=lm.device, dtype=torch.promote_types(lm.dtype, torch.float32))
         for parameter in self.value_head.parameters():
             nn.init.zeros_(parameter)
@@ -126,18 +137,12 @@ class ActorCritic(Policy):
     def forward(
         self, ids: Int[Tensor, "*batch time"], mask: Bool[Tensor, "*batch time"]
     ) -> tuple[Float[Tensor, "*batch time"], Float[Tensor, "*batch time"]]:
-        """Log-probs as a policy's, and values at every position but 0, where nothing was read."""
-        logps, hidden, _ = self._run(ids, mask)
-        return logps, self._values(hidden, ids)
+        """Log-probs as a policy's, and values up to the last True position, 0 at position 0 and behind."""
+        return self._run(ids, mask, values=self.value_head)
 
     def measure(self, ids: Int[Tensor, "*batch time"], mask: Bool[Tensor, "*batch time"]) -> tuple[Tensor, ...]:
         """(log-probs, entropies in nats, values) in one pass."""
-        logps, hidden, entropies = self._run(ids, mask, entropies=True)
-        return logps, entropies, self._values(hidden, ids)
-
-    def _values(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        values = self.value_head(hidden.to(self.value_head.weight.dtype)).reshape(ids.shape)
-        return pad(values[..., :-1], (1, 0))
+        return self._run(ids, mask, entropies=True, values=self.value_head)
 
 
 class AdapterOff(nn.Module):
@@ -219,23 +224,3 @@ def load_value_head(policy: nn.Module, folder: str | Path) -> None:
     file = Path(folder) / VALUE_HEAD
     if isinstance(policy, ActorCritic) and file.is_file():
         policy.value_head.load_state_dict(load_file(file, device=str(policy.device)))
-
-
-def _body_and_head(lm: Any) -> tuple[nn.Module, Any]:
-    base = without_adapter(lm)
-    return base.base_model, base.get_output_embeddings()
-
-
-@torch.no_grad()
-def _has_linear_head(lm: Any) -> bool:
-    """Whether logits are exactly head(last hidden state), tried on a few tokens."""
-    body, head = _body_and_head(lm)
-    if type(head) is not nn.Linear or body is head:
-        return False
-    ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
-    with evaluating(lm):
-        logits = lm(input_ids=ids, use_cache=False).logits
-        same = torch.equal(head(body(input_ids=ids, use_cache=False)[0]), logits)
-    if not same:
-        logger.warning_once(f"{type(lm).__name__} does more to its logits than a linear layer: computing them in full")
-    return same

@@ -33,10 +33,13 @@ class Scorer(Wrapper):
         What stands behind that position is invisible, whatever its ids.
         """
         self._check_length(ids)
-        model, last = without_adapter(self.lm), last_index(mask)
-        hidden = model.base_model(input_ids=ids.reshape(-1, ids.shape[-1]), use_cache=False)[0]
-        at_last = torch.take_along_dim(hidden, last.clamp(min=0).reshape(-1, 1, 1), dim=1)
-        return torch.where(last < 0, 0, model.score(at_last).reshape(last.shape))
+        rows, last = ids.reshape(-1, ids.shape[-1]), last_index(mask)
+        if torch._C._are_functorch_transforms_active():  # shapes must not depend on the mask here
+            hidden, places = self._body.padded(self.lm, rows)
+        else:
+            hidden, places = self._body(self.lm, rows, (last.flatten() + 1).tolist())
+        at_last = hidden[places.gather(1, last.clamp(min=0).reshape(-1, 1)).flatten()]
+        return torch.where(last < 0, 0, without_adapter(self.lm).score(at_last).reshape(last.shape))
 
     @torch.no_grad()
     def _is_linear(self) -> bool:

@@ -73,6 +73,33 @@ def test_fit_is_update(folder, tmp_path, aggregate, micro):
             assert log[name] == pytest.approx(metrics[name].item(), abs=1e-9), name
 
 
+@pytest.mark.parametrize(("micro", "tokens"), [(6, 8), (2, 1), (6, 1000)])
+def test_micro_batches_of_so_many_tokens_change_nothing(folder, tmp_path, micro, tokens):
+    ours, theirs, seen = policy64(folder), policy64(folder), []
+
+    def counted(policy, ids, mask, **rest):
+        seen.append(len(ids))
+        return loss_fn(policy, ids, mask, **rest)
+
+    given = args(tmp_path, micro, micro_tokens=tokens, **SGD)
+    hf.fit(counted, theirs, make(), aggregate=token_mean, args=given)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    for b in make():
+        update(loss_fn, ours, optimizer, b, aggregate=token_mean, max_grad_norm=0.5, micro_tokens=tokens)
+    same(ours, theirs, atol=1e-12)
+    plain = policy64(folder)
+    hf.fit(loss_fn, plain, make(), aggregate=token_mean, args=args(tmp_path / "plain", 6, **SGD))
+    same(plain, theirs, atol=1e-12)
+    assert len(seen) > 4 * 6 // micro or tokens == 1000
+    assert sum(seen) == 4 * 6
+
+
+@pytest.mark.parametrize(("fields", "message"), [({"micro_tokens": 0}, "micro_tokens=0 must be at least 1")])
+def test_bad_micro_tokens(folder, tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        hf.fit(loss_fn, policy64(folder), make(), aggregate=token_mean, args=args(tmp_path, 6, **fields))
+
+
 def test_metrics_are_means_over_the_steps_logged(folder, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for out, every in ((one, 1), (two, 2)):

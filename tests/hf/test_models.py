@@ -2,10 +2,18 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    PhiConfig,
+)
 
-from alignkit import hf
+from alignkit import heads, hf
+from alignkit.hf.loading import quiet_peft
 from alignkit.hf.models import Policy
 from alignkit.logps import token_logps
 from alignkit.train import infer
@@ -35,7 +43,7 @@ def test_policy_equals_the_plain_path_in_value_and_gradient(folder, lora):
     policy, _ = hf.causal_lm(folder, dtype="float64", lora=lora)
     policy.eval()
     ids, mask = rows()
-    assert policy._linear_head
+    assert policy._knows_head
     fast, slow = policy(ids, mask), plain(policy, ids, mask)
     torch.testing.assert_close(fast, slow, atol=1e-12, rtol=0)
     a, b = gradients(policy, policy(ids, mask)), gradients(policy, plain(policy, ids, mask))
@@ -45,29 +53,60 @@ def test_policy_equals_the_plain_path_in_value_and_gradient(folder, lora):
     assert all("lora" in name for name in a) == bool(lora)
 
 
-def test_a_head_that_is_more_than_linear_is_computed_in_full(tokenizer):
-    from transformers import Gemma2Config
+def small(config, **options):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(vocab_size=64, num_key_value_heads=1, **shape, **options)).double()
 
-    config = Gemma2Config(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        final_logit_softcapping=0.5,
-    )
-    policy = Policy(AutoModelForCausalLM.from_config(config).double())
-    assert not policy._linear_head
+
+def adapted(lm):
+    with quiet_peft():
+        return get_peft_model(lm, LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False))
+
+
+HEADS = {
+    "capped": lambda: small(Gemma2Config, head_dim=8, final_logit_softcapping=0.5, eos_token_id=1),
+    "scaled": lambda: small(CohereConfig, logit_scale=0.3, eos_token_id=1),
+    "divided": lambda: small(GraniteConfig, logits_scaling=3.0),
+    "tied": lambda: small(LlamaConfig, tie_word_embeddings=True),
+    "biased": lambda: AutoModelForCausalLM.from_config(
+        PhiConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    ).double(),
+    "adapted": lambda: adapted(small(LlamaConfig)),
+}
+
+
+@pytest.mark.usefixtures("norms_in_float64")
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_run_in_chunks(kind, monkeypatch):
+    monkeypatch.setattr(heads, "LOGITS", 64 * 5)
+    policy = Policy(HEADS[kind]()).eval()
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.mul_(1.5)
+        if kind == "biased":
+            policy.lm.lm_head.bias.normal_()
+    assert policy._knows_head
     ids, mask = rows()
-    torch.testing.assert_close(policy(ids, mask), plain(policy, ids, mask), atol=1e-12, rtol=0)
+    fast, slow = policy(ids, mask), plain(policy, ids, mask)
+    torch.testing.assert_close(fast, slow, atol=1e-12, rtol=0)
+    a, b = gradients(policy, fast), gradients(policy, slow)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-11, rtol=0)
+    if kind == "adapted":
+        with policy.lm.disable_adapter():
+            off = policy(ids, mask)
+            torch.testing.assert_close(off, plain(policy, ids, mask), atol=1e-12, rtol=0)
+        assert not torch.allclose(off, fast)
 
 
-def test_an_adapter_on_the_head(folder):
-    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
-    policy, _ = hf.causal_lm(folder, lora=config)
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_dropout": 0.1}])
+def test_a_head_that_is_more_is_computed_in_full(folder, options, caplog):
+    adapter = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False, **options)
+    policy, _ = hf.causal_lm(folder, lora=adapter, dropout=True)
     policy.eval()
+    assert not policy._knows_head
     ids, mask = rows()
     torch.testing.assert_close(policy(ids, mask), plain(policy, ids, mask), atol=1e-5, rtol=0)
     assert gradients(policy, policy(ids, mask))

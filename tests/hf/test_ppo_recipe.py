@@ -57,7 +57,10 @@ def test_an_actor_critic_is_a_policy_with_values(folder, lora):
         actor.value_head.bias.fill_(0.5)
     values = actor(ids, mask)[1]
     hidden = actor.lm(input_ids=ids.flatten(0, 1), output_hidden_states=True).hidden_states[-1].unflatten(0, (3, 2))
-    torch.testing.assert_close(values[..., 1:], actor.value_head(hidden[..., :-1, :])[..., 0], atol=1e-12, rtol=0)
+    read = mask.flip(-1).cummax(-1).values.flip(-1)[..., 1:]  # up to the last True position
+    expected = torch.where(read, actor.value_head(hidden[..., :-1, :])[..., 0], 0)
+    torch.testing.assert_close(values[..., 1:], expected, atol=1e-12, rtol=0)
+    assert not values[..., 0].any()
     later = torch.where(torch.arange(9) >= 5, 3, ids)
     torch.testing.assert_close(actor(later, mask)[1][..., :6], values[..., :6], atol=1e-12, rtol=0)
     assert not torch.allclose(actor(later, mask)[1][..., 6:], values[..., 6:])
@@ -70,13 +73,14 @@ def test_values_of_a_model_whose_head_is_more_than_linear():
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma2Config(vocab_size=64, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5, **shape)
     actor = ActorCritic(AutoModelForCausalLM.from_config(config).double())
-    assert not actor._linear_head
     with torch.no_grad():
         actor.value_head.weight.normal_()
     ids, mask = rows()
     logps, values = actor(ids, mask)
     torch.testing.assert_close(logps, Policy(actor.lm)(ids, mask))
-    assert values[..., 1:].abs().min() > 0
+    read = mask.flip(-1).cummax(-1).values.flip(-1)[..., 1:]
+    assert values[..., 1:][read].abs().min() > 0
+    assert not values[..., 1:][~read].any()
 
 
 @pytest.mark.parametrize("lora", [0, 2])

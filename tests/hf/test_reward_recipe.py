@@ -110,6 +110,7 @@ def test_resuming_changes_nothing(folder, tmp_path, reviews):
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+@pytest.mark.usefixtures("norms_in_float64")
 def test_the_class_api_ends_with_the_same_parameters(folder, tmp_path, reviews, optim):
     """Two forwards, padding and HF's own scoring there, one forward and the scorer here; float64."""
     from alignkit.trl.trainer.reward_config import RewardConfig

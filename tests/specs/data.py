@@ -25,6 +25,12 @@ row("data.shuffled", lambda rows: list(islice(data.shuffled(rows, batch=2, seed=
 row(
     "data.concat", lambda a, b: data.concat([a, b]), lambda s: {"a": {"x": s.real(2, 3)}, "b": {"x": s.real(1, s.time)}}
 )
+row("data.deal", lambda sizes: data.deal(sizes, 2), lambda s: {"sizes": s.integer(0, 9, 4).tolist()})
+row(
+    "data.token_parts",
+    lambda batch: data.token_parts(batch, 5),
+    lambda s: {"batch": {"ids": s.integer(0, 9, 3, s.time), "mask": s.mask(3, s.time)}},
+)
 row("data.mix", lambda seed: data.mix(seed, 3), lambda s: {"seed": 7})
 row(
     "data.by_step",

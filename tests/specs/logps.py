@@ -1,7 +1,5 @@
-from torch import Tensor
-
 from alignkit import logps
-from alignkit.testing.strategies import DIM, VOCAB, Source
+from alignkit.testing.strategies import VOCAB
 from tests.specs.base import row
 
 row(
@@ -64,32 +62,4 @@ row(
     lambda s: {"logps_": s.tokens(VOCAB).log_softmax(-1)[..., :2]},
     "rows alone vmap dtype gradcheck",
     diff=("logps_",),
-)
-
-
-def _head(s: Source) -> dict[str, Tensor]:
-    return {"hidden": s.tokens(DIM), "weight": s.real(VOCAB, DIM), "bias": s.real(VOCAB), "mask": s.mask()}
-
-
-row(
-    "logps.head_logps",
-    lambda hidden, weight, bias, ids, mask: logps.head_logps(hidden, weight, ids, mask, bias=bias, chunk=3),
-    lambda s: _head(s) | {"ids": s.ids()},
-    "padding garbage rows alone vmap dtype gradcheck",
-    tokens={"hidden": 1, "ids": 0},
-    per_token=True,
-    fixed=("weight", "bias"),
-    diff=("hidden", "weight", "bias"),
-    exact=False,
-)
-row(
-    "logps.head_entropy",
-    lambda hidden, weight, bias, mask: logps.head_entropy(hidden, weight, mask, bias=bias, chunk=3),
-    _head,
-    "padding garbage rows alone vmap dtype gradcheck",
-    tokens={"hidden": 1},
-    per_token=True,
-    fixed=("weight", "bias"),
-    diff=("hidden", "weight", "bias"),
-    exact=False,
 )

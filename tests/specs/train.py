@@ -29,6 +29,11 @@ def _evaluated(x: Tensor) -> Any:
         return x, model_or_device is None
 
 
+row(
+    "train.split_tokens",
+    lambda batch: list(train.split_tokens(batch, 5)),
+    lambda s: {"batch": {"ids": s.integer(0, 9, 3, s.time), "mask": s.mask(3, s.time)}},
+)
 row("train.update", _step, _batch)
 row("train.split", lambda batch: list(train.split(batch, 3)), _batch)
 row(

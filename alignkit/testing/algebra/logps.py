@@ -2,11 +2,10 @@
 
 import torch
 
+from alignkit.heads import Head, head_entropy, head_logps
 from alignkit.logps import (
     candidate_logps,
     entropy,
-    head_entropy,
-    head_logps,
     log_sum_sq_probs,
     token_logps,
     vocab_logps,
@@ -55,5 +54,6 @@ def candidates_and_their_tail_sum_to_one(s: Source) -> Sides:
 def the_chunked_head_is_the_plain_one(s: Source) -> Sides:
     hidden, weight, bias, ids, mask = s.tokens(DIM), s.real(VOCAB, DIM), s.real(VOCAB), s.ids(), s.mask()
     logits = hidden @ weight.mT + bias
-    chunked = head_logps(hidden, weight, ids, mask, bias=bias, chunk=2), head_entropy(hidden, weight, mask, bias=bias)
+    head = Head(weight, bias)
+    chunked = head_logps(hidden, head, ids, mask, chunk=2), head_entropy(hidden, head, mask)
     return chunked, (token_logps(logits, ids, mask), entropy(logits, mask))
