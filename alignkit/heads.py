@@ -207,25 +207,31 @@ class _Statistic:
     """`fn(logits of each head, *other columns)` as a function of tensors alone."""
 
     fn: Callable[..., Tensor]
-    heads: tuple[tuple[float, float | None], ...]
+    heads: tuple[tuple[bool, float, float | None], ...]
+    """Of each whether it has a bias, its scale and its softcap."""
     columns: int
 
+    def made(self, tensors: Sequence[Tensor]) -> list[Head]:
+        """The heads with these weights and biases."""
+        rest = iter(tensors)
+        return [Head(next(rest), next(rest) if biased else None, scale, cap) for biased, scale, cap in self.heads]
+
     def __call__(self, *inputs: Tensor) -> Tensor:
-        columns, tensors, n = inputs[: self.columns], inputs[self.columns :], len(self.heads)
-        heads = [Head(tensors[2 * i], tensors[2 * i + 1], scale, cap) for i, (scale, cap) in enumerate(self.heads)]
-        return self.fn(*(head.logits(x) for head, x in zip(heads, columns)), *columns[n:])
+        columns, heads = inputs[: self.columns], self.made(inputs[self.columns :])
+        return self.fn(*(head.logits(x) for head, x in zip(heads, columns)), *columns[len(heads) :])
 
     @property
     def is_logps(self) -> bool:
-        return self.fn is _logps and self.heads[0][1] is None
+        """Whether passes are written out for it, which no transform goes through."""
+        plain = self.fn is _logps and self.heads[0][2] is None
+        return plain and not torch._C._are_functorch_transforms_active()
 
 
 def _chunked(fn: Callable[..., Tensor], columns: Sequence[Tensor], heads: Sequence[Head], chunk: int | None) -> Tensor:
     """`fn(logits, *other columns)` by chunks; the first columns are the hidden states of the heads."""
-    tensors = []
-    for head in heads:
-        tensors += [head.weight, head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias]
-    statistic = _Statistic(fn, tuple((head.scale, head.softcap) for head in heads), len(columns))
+    tensors = [x for head in heads for x in (head.weight, head.bias) if x is not None]
+    forms = tuple((head.bias is not None, head.scale, head.softcap) for head in heads)
+    statistic = _Statistic(fn, forms, len(columns))
     out: Tensor = _Chunked.apply(statistic, _size(chunk, *heads), *columns, *tensors)
     return out
 
@@ -237,8 +243,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(statistic: _Statistic, chunk: int, *inputs: Tensor) -> Tensor:
-        parts = _parts(statistic, chunk, inputs)
-        return torch.cat([statistic(*part) for part in parts])
+        call = partial(_logps_forward, statistic) if statistic.is_logps else statistic
+        return torch.cat([call(*part) for part in _parts(statistic, chunk, inputs)])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -298,24 +304,31 @@ def _at(statistic: _Statistic, inputs: Sequence[Tensor], places: list[int]) -> C
     return at
 
 
+def _logps_forward(statistic: _Statistic, *inputs: Tensor) -> Tensor:
+    """The statistic with the logsumexp in place of the logits."""
+    x, targets, *tensors = inputs
+    logits = statistic.made(tensors)[0].logits(x)
+    peak, picked = logits.amax(-1, keepdim=True), logits.gather(-1, targets[:, None])
+    return (picked - peak - logits.sub_(peak).exp_().sum(-1, keepdim=True).log_())[:, 0]
+
+
 def _logps_backward(ctx: Any, grad: Tensor, wanted: list[int]) -> dict[int, Any]:
     """Of scale (x W^T + bias): with E the one-hot targets, d logits = grad (E - softmax), in place and summed in place.
 
     The gradient scales the rows of x, not those of the logits, which leaves one pass over them.
     """
-    x, targets, weight, bias = ctx.saved_tensors
-    scale = ctx.statistic.heads[0][0]
+    x, targets, *tensors = ctx.saved_tensors
     with torch.autocast(**ctx.autocast):
-        kind = linear(x[:0], weight[:0], bias[:0]).dtype
-    low, bias_low, total = weight.to(kind), bias.to(kind), torch.promote_types(kind, torch.float32)
-    sums = {i: torch.zeros(y.shape, dtype=total, device=y.device) for i, y in ((2, weight), (3, bias)) if i in wanted}
+        kind = linear(x[:0], tensors[0][:0]).dtype
+    (head,), total = ctx.statistic.made([y.to(kind) for y in tensors]), torch.promote_types(kind, torch.float32)
+    sums = {i: torch.zeros(y.shape, dtype=total, device=y.device) for i, y in enumerate(tensors, 2) if i in wanted}
     d_rows = []
     for rows, at, g in zip(x.split(ctx.chunk), targets.split(ctx.chunk), grad.split(ctx.chunk)):
-        minus = promote(linear(rows.to(kind), low, bias_low)).mul_(scale).softmax(-1)
+        minus = head.logits(rows.to(kind)).softmax(-1)
         minus.scatter_add_(-1, at[:, None], minus.new_full((len(at), 1), -1.0))
-        g, minus = (-scale * g)[:, None], minus.to(kind)
+        g, minus = (-head.scale * g)[:, None], minus.to(kind)
         if 0 in wanted:
-            d_rows.append((g * promote(minus @ low)).to(x.dtype))
+            d_rows.append((g * promote(minus @ head.weight)).to(x.dtype))
         moved = (g * promote(rows)).to(kind)
         if 2 in wanted and kind == total:
             sums[2].addmm_(minus.T, moved)
