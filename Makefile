@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = alignkit recipes tests
 
-.PHONY: demo demo-diffusion demo-rl demo-rlhf test test-slow test-bench lint docs-check docs
+.PHONY: bench demo demo-diffusion demo-rl demo-rlhf test test-slow test-bench lint docs-check docs
 
 demo: .venv/.done
 	OMP_NUM_THREADS=1 $(BIN)/alignkit demo
@@ -25,6 +25,10 @@ test-slow: .venv/.done
 test-bench: .venv/.done
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	TRL_EXPERIMENTAL_SILENCE=1 $(BIN)/python -m pytest -q -W "default" tests/bench/trl_parity.py tests/bench/trl_grpo.py
+
+bench: .venv/.done
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks $(BENCH)
 
 lint: .venv/.done
 	$(BIN)/ruff check $(SOURCES)

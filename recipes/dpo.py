@@ -6,7 +6,6 @@ L = -E log sigmoid(beta [log pi(y_w|x) / ref(y_w|x) - log pi(y_l|x) / ref(y_l|x)
 from typing import Literal
 
 from alignkit import cli, hf
-from alignkit.data import add_columns
 from alignkit.losses.preference import dpo, hinge, ipo
 from alignkit.train import infer
 from alignkit.weights import row_mean, weigh
@@ -19,7 +18,7 @@ def main(
     dataset: str = "builtin:reviews",  # file, hub id or builtin:reviews
     loss: Literal[*LOSSES] = "dpo",
     beta: float = 0.1,  # how strongly the reference holds the policy
-    precompute: bool = False,  # reference log-probs once, before training, without a second model
+    precompute: bool = False,  # reference log-probs once, kept on disk, without a second model
     max_length: int = 512,  # tokens of prompt and answer together
     keep: Literal["keep_end", "keep_start"] = "keep_end",  # of a prompt that is too long
     batch: int = 32,  # pairs of one optimizer step
@@ -40,7 +39,7 @@ def main(
     def with_reference(b):
         return b | {"ref_logps": infer(ref, b["ids"], b["mask"], rows=micro).sum(-1)}  # [B, 2]
 
-    rows = add_columns(rows, with_reference, batch=micro) if precompute else rows
+    rows = hf.precompute(rows, with_reference, model=ref, batch=micro) if precompute else rows
 
     def batches(step):
         stream = hf.stream(rows, batch=batch, seed=seed, start=step)

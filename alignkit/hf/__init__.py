@@ -8,6 +8,7 @@ from alignkit.hf.environments import Environment
 from alignkit.hf.files import load
 from alignkit.hf.fit import fit
 from alignkit.hf.models import ActorCritic, Policy, causal_lm, frozen, save
+from alignkit.hf.precompute import precompute
 from alignkit.hf.processes import gather, on_policy, process, share
 from alignkit.hf.rewards import reward_fn
 from alignkit.hf.rollouts import rollout
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "on_policy",
     "pairs",
+    "precompute",
     "process",
     "prompts",
     "reviews",

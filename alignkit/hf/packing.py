@@ -206,7 +206,8 @@ class Body:
         with evaluating(lm):
             try:
                 packed = self._packed(lm, layout)[layout.where]
-            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+            except Exception as error:  # whatever the reason, there is another way
+                logger.warning_once(f"{type(base).__name__} cannot read packed rows: {type(error).__name__}: {error}")
                 return False
             padded = _inside(lm)(input_ids=ids, use_cache=False)[0]
         gaps = [(packed[i, :n] - padded[i, :n]).abs().max() for i, n in enumerate(lengths)]

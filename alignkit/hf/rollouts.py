@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from alignkit import data
@@ -38,7 +39,9 @@ def rollout(
     also has the turns played; `zero_variance` [size], whether all answers to the prompt have one reward; `old_logps`
     and `entropy` [size, T] under the policy as it is now, computed `rows` rows at a time; `values` [size, T] of a
     policy with a value head; `ref_logps` [size, T] of a `ref`. If the sampler tells no log-probs, `sampler_logps` are
-    the policy's own. A server that samples gets the policy's weights first.
+    the policy's own. If they are the policy's own anyhow, up to rounding, `old_logps` and `entropy` are the sampler's:
+    where this process samples from a policy without a value head in float32, without filters (at whose edge rounding
+    decides). A server that samples gets the policy's weights first.
 
     `keep(rewards [prompts, n]) -> [prompts]`, such as `filters.dynamic_sampling`, says which prompts to keep; more are
     drawn until there are enough. Raises ValueError if 16 times as many were not enough.
@@ -58,9 +61,9 @@ def rollout(
         if hasattr(score, "play"):
             b = score.play(policy, tokenizer, x, **options)
         else:
-            b = sample(policy, tokenizer, x, **options)
+            b = sample(policy, tokenizer, x, **options, entropy=_is_exact(policy))
             b["rewards"] = score(tokenizer, x, b["ids"], b["mask"])
-        b = gather(**b, **_measured(policy, ref, b, rows))
+        b = gather(**b | _measured(policy, ref, b, rows))
         rewards = b["rewards"].view(-1, n)
         b["zero_variance"] = zero_variance(rewards).flatten()
         b = {"sampler_logps": b["old_logps"], **b}
@@ -77,6 +80,23 @@ def rollout(
 
 
 def _measured(policy: Policy, ref: nn.Module | None, b: Batch, rows: int) -> Batch:
-    names = ("old_logps", "entropy", "values")
-    measured = dict(zip(names, infer(policy.measure, b["ids"], b["mask"], rows=rows)))
+    if "entropy" in b:  # the sampler's
+        measured = {"old_logps": b["sampler_logps"].to(policy.device), "entropy": b["entropy"].to(policy.device)}
+    else:
+        names = ("old_logps", "entropy", "values")
+        measured = dict(zip(names, infer(policy.measure, b["ids"], b["mask"], rows=rows)))
     return measured | ({"ref_logps": infer(ref, b["ids"], b["mask"], rows=rows)} if ref else {})
+
+
+def _is_exact(policy: Policy) -> bool:
+    """Whether the log-probs of what is sampled in this process are those of `policy.measure`, up to float32 rounding.
+
+    Not where rounding is coarser, or decides what may be drawn, or where positions depend on the length of the row.
+    """
+    spec, kind = policy.sampling, policy.device.type
+    precisions = {x.fp32_precision for x in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)}
+    narrow = torch.is_autocast_enabled(kind) or not precisions <= {"none", "ieee"}
+    moving = any(x in repr(getattr(policy.config, "rope_parameters", None)) for x in ("dynamic", "longrope"))
+    cut = spec.top_k or spec.top_p < 1 or spec.min_p
+    plain = type(policy) is Policy and not (spec.server or cut or narrow or moving)
+    return plain and all(x.dtype == torch.float32 for x in policy.parameters())

@@ -40,18 +40,27 @@ def sample(
     greedy: bool = False,
     seed: int = 0,
     step: int = 0,
+    entropy: bool = False,
 ) -> Batch:
     """`n` answers to each prompt, as `policy.sampling` says, in `n` consecutive rows.
 
     Columns: `ids` (prompt and answer, right-padded), `mask` (True on the answer, EOS included), `truncated` (cut off at
-    the limit) and, if the sampler tells them, `sampler_logps`. Prompts may be strings, messages, token ids, or rows
+    the limit) and, if the sampler tells them, `sampler_logps`; with `entropy`, which a server does not tell, the
+    `entropy` in nats of what each token was drawn from. Prompts may be strings, messages, token ids, or rows
     whose column `prompt` is one of these. An answer depends on `seed`, `step`, its row among those of all processes and
     its own log-probs, but not on the other rows; the global random state is not touched.
     """
+    if entropy and policy.sampling.server:
+        raise ValueError(f"entropy=True, but server={policy.sampling.server!r} tells none: measure it")
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
     seeds = row_seeds(len(encoded) * n, seed=seed, step=step)
-    drawn = answers(policy, tokenizer, encoded, n=n, greedy=greedy, seeds=seeds)
-    return columns([ids for ids in encoded for _ in range(n)], drawn)
+    repeated = [ids for ids in encoded for _ in range(n)]
+    if not entropy:
+        return columns(repeated, answers(policy, tokenizer, encoded, n=n, greedy=greedy, seeds=seeds))
+    drawing = _draw(policy, tokenizer, encoded, n=n, greedy=greedy, seeds=seeds, entropy=True)
+    b = columns(repeated, drawing.answers())
+    b["entropy"] = torch.zeros_like(b["sampler_logps"]).masked_scatter(b["mask"], drawing.entropies().cpu())
+    return b
 
 
 def columns(prompts: Sequence[list[int]], drawn: Sequence[Answer]) -> Batch:
@@ -66,7 +75,6 @@ def columns(prompts: Sequence[list[int]], drawn: Sequence[Answer]) -> Batch:
     return data.collate(rows)
 
 
-@torch.no_grad()
 def answers(
     policy: Policy,
     tokenizer: Any,
@@ -82,22 +90,39 @@ def answers(
     answer ends with an end-of-sequence token of the tokenizer or the model, or with the token that completes a string
     of `sampling.stop`. `greedy` takes the likeliest token instead of drawing one.
     """
-    _check(policy, tokenizer, encoded, n, seeds)
-    if policy.sampling.server:
-        from alignkit.hf.server import server_answers
+    if not policy.sampling.server:
+        return _draw(policy, tokenizer, encoded, n=n, greedy=greedy, seeds=seeds).answers()
+    from alignkit.hf.server import server_answers
 
-        return server_answers(
-            policy.sampling.server, tokenizer, encoded, policy.sampling, n=n, greedy=greedy, seeds=seeds
-        )
+    _check(policy, tokenizer, encoded, n, seeds)
+    return server_answers(policy.sampling.server, tokenizer, encoded, policy.sampling, n=n, greedy=greedy, seeds=seeds)
+
+
+@torch.no_grad()
+def _draw(
+    policy: Policy,
+    tokenizer: Any,
+    encoded: Sequence[list[int]],
+    *,
+    n: int,
+    greedy: bool,
+    seeds: Sequence[int],
+    entropy: bool = False,
+) -> "_Drawing":
+    """All answers, drawn in this process."""
+    _check(policy, tokenizer, encoded, n, seeds)
     base = without_adapter(policy.lm)
     drawing, divisible = _Drawing(policy, tokenizer, _ends(tokenizer, base), greedy, seeds), _has_divisible_cache(base)
+    drawing.entropy = torch.zeros_like(drawing.logps) if entropy else None
     longest = max(map(len, encoded))
     ids = torch.tensor([[0] * (longest - len(x)) + x for x in encoded], device=policy.device)
     attention = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in encoded], device=policy.device)
     with evaluating(policy), _generating(base, drawing.config):
-        cache = None
-        if divisible and n > 1 and min(map(len, encoded)) > 1:
-            cache = _prefix(policy, ids[:, :-1], attention[:, :-1], n)
+        cache = _cache(base) if divisible else None
+        if divisible and n > 1 and min(map(len, encoded)) > 1:  # a prompt is read once for its n answers
+            options = {"attention_mask": attention[:, :-1], "past_key_values": cache, "max_new_tokens": 1}
+            cache = policy.lm.generate(input_ids=ids[:, :-1], **options).past_key_values
+            cache.batch_repeat_interleave(n)
         ids, attention = (x.repeat_interleave(n, 0) for x in (ids, attention))
         while True:
             out = policy.lm.generate(
@@ -110,7 +135,7 @@ def answers(
             )
             left = drawing.left()
             if not len(left) or drawing.drawn == policy.sampling.max_new:
-                return drawing.answers()
+                return drawing
             ids, cache = out.sequences[left], out.past_key_values
             attention = torch.nn.functional.pad(attention[left], (0, ids.shape[1] - attention.shape[1]), value=1)
             cache.batch_select_indices(left)
@@ -126,6 +151,7 @@ class _Drawing(LogitsProcessor):
         self.uniform = torch.stack(list(numbers)).to(self.device)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.logps = torch.zeros(shape, device=self.device)
+        self.entropy: Tensor | None = None
         self.length = torch.zeros(shape[0], dtype=torch.long, device=self.device)  # 0: has not ended
         self.rows = torch.arange(shape[0], device=self.device)
         self.ends = torch.tensor(ends, device=self.device)
@@ -133,16 +159,16 @@ class _Drawing(LogitsProcessor):
         self.config = GenerationConfig(max_new_tokens=shape[1], return_dict_in_generate=True)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits = filter_logits(scores, **self.sampling.filters)
-        uniform = self.uniform[self.rows, self.drawn]
-        token = scores.argmax(-1) if self.greedy else draw(logits, uniform)
+        logps = filter_logits(scores, **self.sampling.filters).log_softmax(-1)
+        token = scores.argmax(-1) if self.greedy else draw(logps, self.uniform[self.rows, self.drawn])
         self.tokens[self.rows, self.drawn] = token
-        picked = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
-        self.logps[self.rows, self.drawn] = picked
+        self.logps[self.rows, self.drawn] = logps.gather(-1, token[:, None])[:, 0]
+        if self.entropy is not None:
+            self.entropy[self.rows, self.drawn] = torch.special.entr(logps.exp()).sum(-1)
         self.drawn += 1
         ended = torch.isin(token, self.ends) | self._stopped()
         self.length[self.rows] = torch.where(ended & (self.length[self.rows] == 0), self.drawn, self.length[self.rows])
-        return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0)
+        return scores.fill_(-torch.inf).scatter_(-1, token[:, None], 0)
 
     def _stopped(self) -> Tensor:
         """Whether the newest token completes a stop string; a token has at least one byte."""
@@ -159,10 +185,16 @@ class _Drawing(LogitsProcessor):
         self.rows = self.rows[places]
         return places
 
+    def lengths(self) -> Tensor:
+        return torch.where(self.length > 0, self.length, self.drawn)
+
+    def entropies(self) -> Tensor:
+        """Those of all tokens of all answers, one after the other."""
+        return self.entropy[torch.arange(self.entropy.shape[1], device=self.device) < self.lengths()[:, None]]
+
     def answers(self) -> list[Answer]:
         ended = (self.length > 0).tolist()
-        lengths = torch.where(self.length > 0, self.length, self.drawn).tolist()
-        rows = zip(self.tokens.tolist(), self.logps.tolist(), lengths, ended)
+        rows = zip(self.tokens.tolist(), self.logps.tolist(), self.lengths().tolist(), ended)
         return [Answer(ids[:length], logps[:length], not end) for ids, logps, length, end in rows]
 
 
@@ -177,11 +209,38 @@ class _Ended(StoppingCriteria):
         return ended | (2 * ended.sum() >= len(ended)) if self.divisible else ended
 
 
-def _prefix(policy: Policy, ids: Tensor, attention: Tensor, n: int) -> Any:
-    """The cache of the prompts without their last token, for `n` rows each."""
-    out = policy.lm.generate(input_ids=ids, attention_mask=attention, max_new_tokens=1)
-    out.past_key_values.batch_repeat_interleave(n)
-    return out.past_key_values
+class _Layer(DynamicLayer):
+    """Keys and values with room for the next ones, so that a token does not copy all those before it."""
+
+    room = 128
+    whole: tuple[Tensor, ...] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        start, new = self.get_seq_length(), (key_states, value_states)
+        end = start + key_states.shape[-2]
+        if self.whole is None or end > self.whole[0].shape[-2]:
+            self.whole = tuple(x.new_empty(*x.shape[:2], end + self.room, x.shape[-1]) for x in new)
+            if start:
+                self.whole[0][..., :start, :], self.whole[1][..., :start, :] = self.keys, self.values
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.whole[0][..., start:end, :], self.whole[1][..., start:end, :] = new
+        self.keys, self.values = (x[..., :end, :] for x in self.whole)
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.whole = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.whole = None
+
+
+def _cache(lm: Any) -> DynamicCache:
+    cache = DynamicCache(config=lm.config.get_text_config(decoder=True))
+    cache.layers = [_Layer() if type(x) is DynamicLayer else x for x in cache.layers]
+    return cache
 
 
 def _check(policy: Policy, tokenizer: Any, encoded: Sequence[list[int]], n: int, seeds: Sequence[int]) -> None:

@@ -14,6 +14,7 @@ from alignkit import hf
 from alignkit.cli import _call
 from alignkit.rl import PANELS, rl
 from alignkit.sampling import Sampling
+from alignkit.train import infer
 from tests.test_layers import ROOT
 
 FAMILY = (
@@ -123,6 +124,51 @@ def test_micro_batches_change_nothing(recipe, tmp_path, task):
         assert {k: a[k] for k in ("reward", "length", "entropy")} == pytest.approx(
             {k: b[k] for k in ("reward", "length", "entropy")}, rel=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "reused"),
+    [
+        ({}, True),
+        ({"lora": 2}, True),
+        ({"sampling": Sampling(max_new=6, temperature=0.7)}, True),
+        ({"sampling": Sampling(max_new=6, top_p=0.8)}, False),
+        ({"sampling": Sampling(max_new=6, top_k=3)}, False),
+        ({"sampling": Sampling(max_new=6, min_p=0.1)}, False),
+        ({"dtype": "bfloat16"}, False),
+        ({"dtype": "float64"}, False),
+        ({"value_head": True}, False),
+        ({"autocast": True}, False),
+        ({"precision": "tf32"}, False),
+        ({"rope": "dynamic"}, False),
+        ({"play": True}, False),
+    ],
+    ids=str,
+)
+def test_the_policy_reads_again_only_what_its_sampler_tells_otherwise(monkeypatch, request, task, options, reused):
+    """The columns are those that a second forward would make, up to rounding."""
+    special = {name: options.get(name) for name in ("autocast", "precision", "rope", "play")}
+    plain = {name: x for name, x in options.items() if name not in special}
+    policy, tok = hf.causal_lm("builtin:tiny", **{"sampling": Sampling(max_new=6), **plain})
+    if special["precision"]:
+        request.addfinalizer(lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "none"))
+        torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+    if special["rope"]:
+        monkeypatch.setitem(policy.config.rope_parameters, "rope_type", "dynamic")
+    score = hf.reward_fn(task["reward"])
+    if special["play"]:
+        score = hf.Environment(lambda messages: ("", 1.0, True), "once")
+    reads, measure = [], type(policy).measure
+    monkeypatch.setattr(type(policy), "measure", lambda *args: reads.append(1) or measure(*args))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(special["autocast"])):
+        b = hf.rollout(policy, tok, hf.prompts(task["dataset"]), score, n=4, size=8, rows=8, seed=0, step=0)
+        assert reads == [] if reused else [1]
+        names = {"ids", "mask", "truncated", "sampler_logps", "rewards", "old_logps", "entropy", "zero_variance"}
+        assert names <= b.keys()
+        logps, entropy = infer(policy.measure, b["ids"], b["mask"])[:2]
+    torch.testing.assert_close(b["old_logps"], logps, atol=1e-5 if reused else 0, rtol=0)
+    torch.testing.assert_close(b["entropy"], entropy, atol=1e-5 if reused else 0, rtol=0)
+    assert torch.equal(b["old_logps"], b["sampler_logps"]) == reused
 
 
 def test_top_p_and_temperature_keep_the_first_ratio_at_one(tmp_path, task):

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+import warnings
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +25,7 @@ from alignkit.hf.models import ActorCritic, Policy
 from alignkit.hf.packing import LEAST, lay_out
 from alignkit.hf.scorers import Scorer
 from alignkit.logps import token_logps
+from tests.test_layers import ROOT
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = SHAPE | {"num_key_value_heads": 2}
@@ -239,3 +245,51 @@ def test_short_prefixes_are_not_worth_it():
     assert len(lay_out(ids, [40, 40]).segments) == 2
     ids[1, LEAST - 1] -= 1
     assert len(lay_out(ids, [40, 40]).segments) == 3
+
+
+@pytest.mark.slow
+def test_weights_sharded_over_two_processes():
+    script = ROOT / "tests" / "hf" / "sharded.py"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*launcher, str(script)], check=True, env=environment, timeout=300)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_on_a_gpu(attention, dtype, close):
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=64, **GROUPED | {"hidden_size": 64, "head_dim": 16})
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to("cuda", dtype)
+    ids, mask = (x.cuda() for x in batch())
+    policy = Policy(lm)
+    assert policy._body.packs
+    torch.testing.assert_close(policy(ids, mask), plain(lm, ids, mask), atol=close, rtol=0)
+    policy(ids, mask).sum().backward()
+    assert all(p.grad.isfinite().all() for p in lm.parameters())
+
+
+def test_flex_attention(monkeypatch):
+    """Not compiled, and let through on a CPU, where torch has the maths but refuses the backward pass."""
+    import torch.nn.attention.flex_attention as flex
+    from transformers.integrations import flex_attention as called
+
+    def plainly(q, k, v, training=False, **options):
+        return flex.flex_attention(q, k, v, **options)
+
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(called, "compile_friendly_flex_attention", plainly)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is not compiled
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=64, **GROUPED | {"hidden_size": 64, "head_dim": 16})
+        lm, (ids, mask) = AutoModelForCausalLM.from_config(config, attn_implementation="flex_attention"), batch()
+        policy, grads = Policy(lm), []
+        assert policy._body.packs
+        for out in (policy(ids, mask), plain(lm, ids, mask)):
+            lm.zero_grad()
+            (out * torch.linspace(0, 1, 40)).sum().backward()
+            grads.append((out.detach(), [p.grad.clone() for p in lm.parameters()]))
+    torch.testing.assert_close(*grads, atol=2e-5, rtol=1e-4)
+    assert tokens_read(lm, lambda: policy(ids, mask)) < 150

@@ -7,11 +7,12 @@ from transformers import (
     MambaConfig,
     MistralConfig,
 )
+from transformers.cache_utils import DynamicLayer
 
 from alignkit import hf
 from alignkit.hf.models import Policy
-from alignkit.hf.sampling import answers, columns
-from alignkit.sampling import Sampling
+from alignkit.hf.sampling import _Layer, answers, columns
+from alignkit.sampling import Sampling, draw
 from alignkit.train import infer
 from tests.hf.conftest import tiny_config
 
@@ -49,13 +50,15 @@ def test_log_probs_of_the_sampler_are_those_of_the_policy(folder, spec):
     policy, tok = hf.causal_lm(folder, dtype="float64", sampling=SPECS[spec])
     for p in policy.parameters():
         p.data *= 3
-    b = hf.sample(policy, tok, PROMPTS, n=3)
+    b = hf.sample(policy, tok, PROMPTS, n=3, entropy=True)
     logps, entropy = infer(policy.measure, b["ids"], b["mask"])
+    torch.testing.assert_close(entropy.float(), b["entropy"], atol=2e-6, rtol=0)
+    assert (entropy[b["mask"]] > 0).any()
     torch.testing.assert_close(logps.float(), b["sampler_logps"].float(), atol=2e-6, rtol=0)
     assert (logps[b["mask"]] < 0).any()
     assert not logps[~b["mask"]].any()
     assert not entropy[~b["mask"]].any()
-    torch.testing.assert_close(infer(policy, b["ids"], b["mask"]), logps, atol=0, rtol=0)
+    torch.testing.assert_close(infer(policy, b["ids"], b["mask"]), logps, atol=1e-14, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -79,6 +82,60 @@ def test_an_answer_does_not_depend_on_the_other_rows(folder):
     assert [x.ids for x in together] == [x.ids for x in repeated] == [x.ids for x in alone]
     for a, b in zip(together, alone):
         assert a.logps == pytest.approx(b.logps, abs=1e-5)
+
+
+def test_entropies_of_answers_that_end_one_after_another(folder):
+    policy, tok = hf.causal_lm(folder, sampling=Sampling(max_new=24))
+    policy.lm.generation_config.eos_token_id = list(range(0, len(tok), 12))
+    b = hf.sample(policy, tok, PROMPTS, n=8, entropy=True)
+    assert len(b["mask"].sum(-1).unique()) > 4
+    torch.testing.assert_close(infer(policy.measure, b["ids"], b["mask"])[1], b["entropy"], atol=2e-5, rtol=0)
+    plain = hf.sample(policy, tok, PROMPTS, n=8)
+    assert all(torch.equal(x, b[name]) for name, x in plain.items())
+
+
+def test_a_cache_with_room_holds_what_one_without_holds(monkeypatch):
+    monkeypatch.setattr(_Layer, "room", 3)
+    torch.manual_seed(0)
+    ours, plain = _Layer(), DynamicLayer()
+    steps = [5, 1, 1, 1, 1, "repeat", 1, 1, "select", 1, 1, 1, 1, 4, "select", "crop", 1]
+    rows = 2
+    for step in steps:
+        if step == "repeat":
+            rows *= 3
+            both = [x.batch_repeat_interleave(3) for x in (ours, plain)]
+        elif step == "select":
+            rows -= 2
+            both = [x.batch_select_indices(torch.arange(1, rows + 1)) for x in (ours, plain)]
+        elif step == "crop":
+            both = [x.crop(-2) for x in (ours, plain)]
+        else:
+            new = torch.randn(2, rows, 2, step, 4)
+            both = [x.update(*new) for x in (ours, plain)]
+            assert all(torch.equal(a, b) for a, b in zip(*both))
+        assert torch.equal(ours.keys, plain.keys)
+        assert torch.equal(ours.values, plain.values)
+        assert ours.get_seq_length() == plain.get_seq_length()
+
+
+@pytest.mark.parametrize("vocab", [3, 256, 257, 1000, 5000])
+def test_a_large_vocabulary_is_drawn_by_its_cumulative_distribution(vocab):
+    """In blocks or not, whole blocks left out or not: between the sums before and after the token lies the number."""
+    torch.manual_seed(0)
+    logits = torch.randn(400, vocab, dtype=torch.float64) * 4
+    logits[100:200, vocab // 2 :] = -torch.inf
+    logits[200:300, : vocab // 2] = -torch.inf
+    logits[300:350] += 1e4
+    uniform = torch.rand(400, dtype=torch.float64)
+    uniform[::10], uniform[1::10] = 0, 1 - 2**-53
+    token = draw(logits, uniform)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    after = cumulative.gather(-1, token[:, None])[:, 0]
+    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, token[:, None])[:, 0]
+    assert ((before <= uniform + 1e-12) & (uniform <= after + 1e-12)).all()
+    assert (logits.gather(-1, token[:, None]) > -torch.inf).all()
+    assert torch.equal(draw(logits[7], uniform[7]), token[7])
+    assert (draw(logits.float(), uniform.float()) == token).float().mean() > 0.99
 
 
 def test_samples_have_the_distribution_of_the_log_probs(tokenizer):
@@ -205,6 +262,9 @@ def test_bad_arguments(folder):
         hf.sample(policy, tok, ["a"], n=0)
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         hf.sample(policy, tok, ["a", ""])
+    served = Policy(policy.lm, Sampling(server="http://localhost:1"))
+    with pytest.raises(ValueError, match="entropy=True, but server='http://localhost:1' tells none"):
+        hf.sample(served, tok, ["a"], entropy=True)
     with pytest.raises(ValueError, match="seeds has 1 entries"):
         answers(policy, tok, [[1]], n=2, seeds=[0])
     if policy.config.max_position_embeddings < 300:

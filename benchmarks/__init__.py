@@ -1,0 +1,1 @@
+"""alignkit beside its peers: `make bench`, or `python -m benchmarks --help`."""
