@@ -31,11 +31,13 @@ def pad(nested: Any) -> Tensor:
     """
     if not isinstance(nested, list):
         return torch.as_tensor(nested)
-    parts = [pad(x) for x in nested]
-    if not parts:
+    if not nested:
         return torch.zeros(0, dtype=torch.long)
+    if isinstance(nested[0], int | float):  # bool too
+        return torch.tensor(nested)
+    parts = [pad(x) for x in nested]
     if parts[0].dim() == 0:
-        return torch.stack(parts) if isinstance(nested[0], Tensor) else torch.tensor(nested)
+        return torch.stack(parts)
     if len({x.shape[:-1] for x in parts}) > 1:
         raise ValueError(f"only the last axis may be ragged, not {sorted({tuple(x.shape) for x in parts})}")
     time, dtype = max(x.shape[-1] for x in parts), next((x.dtype for x in parts if x.numel()), parts[0].dtype)

@@ -3,7 +3,7 @@
 Each function here equals one of `logps` (or a divergence) on `head.logits(hidden)`, in value and gradient, without
 [..., T, V]: the head runs only on the positions that count, a chunk at a time, and again in the backward pass. They
 work under `grad`, `vmap`, `jvp` and double backward (under a transform on every position, as shapes must not depend on
-data). `chunk` is by default as many positions as have 2^23 logits, so that memory does not grow with the vocabulary.
+data). `chunk` is by default as many positions as have 2^22 logits, and at least 32 (512 on an accelerator).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,8 @@ from alignkit.logps import _entropies, _picked
 from alignkit.masking import promote
 from alignkit.sampling import Sampling
 
-LOGITS = 2**23
+LOGITS, ROWS = 2**22, {"cpu": 32}
+"""Of a chunk: logits, but at least as many rows (512 on accelerators, which fewer leave idle)."""
 
 
 class Head(NamedTuple):
@@ -98,7 +99,7 @@ def head_top_candidates(
     chunk: int | None = None,
 ) -> Int[Tensor, "*batch time k"]:
     """`logps.top_candidates(head.logits(hidden), mask, k=k)`."""
-    size = _size(chunk, head)
+    size = _size(chunk, [head])
 
     @torch.no_grad()
     def top(x: Tensor, head: Head) -> Tensor:
@@ -196,10 +197,11 @@ def _like(mask: Tensor, x: Tensor) -> Tensor:
     return mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
 
 
-def _size(chunk: int | None, *heads: Head) -> int:
+def _size(chunk: int | None, heads: Sequence[Head]) -> int:
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 position")
-    return chunk or max(LOGITS // sum(len(head.weight) for head in heads), 1)
+    least = ROWS.get(heads[0].weight.device.type, 512)
+    return chunk or max(LOGITS // sum(len(head.weight) for head in heads), least)
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ def _chunked(fn: Callable[..., Tensor], columns: Sequence[Tensor], heads: Sequen
     tensors = [x for head in heads for x in (head.weight, head.bias) if x is not None]
     forms = tuple((head.bias is not None, head.scale, head.softcap) for head in heads)
     statistic = _Statistic(fn, forms, len(columns))
-    out: Tensor = _Chunked.apply(statistic, _size(chunk, *heads), *columns, *tensors)
+    out: Tensor = _Chunked.apply(statistic, _size(chunk, heads), *columns, *tensors)
     return out
 
 

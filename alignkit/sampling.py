@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from alignkit.masking import promote
 
-BLOCK = 256
+BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,20 @@ def filter_logits(
 
 
 def draw(logits: Float[Tensor, "*batch vocab"], uniform: Float[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
-    """The token at which the cumulative softmax of `logits` passes `uniform`, numbers in [0, 1): one sample per row.
+    """`invert` of the softmax of `logits`."""
+    return invert(promote(logits).softmax(-1), uniform)
 
-    Inversion sampling: a row's sample depends on nothing but its own logits and number, whatever else is in the batch.
-    What is cumulated in float64 are the sums of blocks of the vocabulary, and then the tokens of one block.
+
+def invert(probs: Float[Tensor, "*batch vocab"], uniform: Float[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
+    """The token at which the sum of `probs` passes `uniform`, numbers in [0, 1), of their whole: one sample per row.
+
+    Inversion sampling: a row's sample depends on nothing but its own probabilities and number, whatever else is in the
+    batch. What is cumulated in float64 are the sums of blocks of the vocabulary, and then the tokens of one block.
     """
-    logits = promote(logits)
-    kind = torch.float32 if logits.device.type == "mps" else torch.float64
-    probs = logits.softmax(-1)
-    blocks = pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    probs = promote(probs)
+    kind = torch.float32 if probs.device.type == "mps" else torch.float64
+    short = -probs.shape[-1] % BLOCK
+    blocks = (pad(probs, (0, short)) if short else probs).unflatten(-1, (-1, BLOCK))
     sums = blocks.sum(-1).to(kind).cumsum(-1)
     block, rest = _pass(sums, uniform[..., None].to(kind) * sums[..., -1:])
     tokens = blocks.gather(-2, block[..., None].expand(*block.shape, BLOCK))[..., 0, :]

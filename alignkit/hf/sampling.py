@@ -1,21 +1,21 @@
 """Answers from a policy, drawn as its `sampling` says."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from alignkit import data
 from alignkit.hf.data import encode
 from alignkit.hf.loading import without_adapter
 from alignkit.hf.models import Policy
 from alignkit.hf.processes import row_seeds
-from alignkit.sampling import draw, filter_logits
+from alignkit.sampling import filter_logits, invert
 from alignkit.train import evaluating, infer
 from alignkit.types import Batch
 
@@ -109,66 +109,90 @@ def _draw(
     seeds: Sequence[int],
     entropy: bool = False,
 ) -> "_Drawing":
-    """All answers, drawn in this process."""
+    """All answers, drawn in this process: each prompt is read once, then the newest token of every row."""
     _check(policy, tokenizer, encoded, n, seeds)
-    base = without_adapter(policy.lm)
-    drawing, divisible = _Drawing(policy, tokenizer, _ends(tokenizer, base), greedy, seeds), _has_divisible_cache(base)
-    drawing.entropy = torch.zeros_like(drawing.logps) if entropy else None
+    drawing, reader = _Drawing(policy, tokenizer, greedy, seeds, entropy), _Reader(policy.lm)
     longest = max(map(len, encoded))
     ids = torch.tensor([[0] * (longest - len(x)) + x for x in encoded], device=policy.device)
-    attention = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in encoded], device=policy.device)
-    with evaluating(policy), _generating(base, drawing.config):
-        cache = _cache(base) if divisible else None
-        if divisible and n > 1 and min(map(len, encoded)) > 1:  # a prompt is read once for its n answers
-            options = {"attention_mask": attention[:, :-1], "past_key_values": cache, "max_new_tokens": 1}
-            cache = policy.lm.generate(input_ids=ids[:, :-1], **options).past_key_values
-            cache.batch_repeat_interleave(n)
-        ids, attention = (x.repeat_interleave(n, 0) for x in (ids, attention))
+    real = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in encoded], device=policy.device)
+    rows = torch.arange(len(encoded), device=policy.device).repeat_interleave(n)
+    with evaluating(policy):
+        logits = reader(ids, real)[rows]
+        if n > 1:
+            reader.take(rows)
         while True:
-            out = policy.lm.generate(
-                input_ids=ids,
-                attention_mask=attention,
-                past_key_values=cache,
-                max_new_tokens=policy.sampling.max_new - drawing.drawn,
-                logits_processor=[drawing],
-                stopping_criteria=[_Ended(drawing, divisible)],
-            )
-            left = drawing.left()
+            tokens, left = drawing(logits), drawing.left()
             if not len(left) or drawing.drawn == policy.sampling.max_new:
                 return drawing
-            ids, cache = out.sequences[left], out.past_key_values
-            attention = torch.nn.functional.pad(attention[left], (0, ids.shape[1] - attention.shape[1]), value=1)
-            cache.batch_select_indices(left)
+            if len(left) < len(tokens):
+                reader.take(left)
+                tokens = tokens[left]
+            logits = reader(tokens[:, None], torch.ones_like(tokens)[:, None])
 
 
-class _Drawing(LogitsProcessor):
-    """What was drawn so far; draws the next token of each row that is left, which `generate` then finds likeliest."""
+class _Reader:
+    """The logits [rows, V] behind the newest tokens, with what the model keeps of those that it has read."""
 
-    def __init__(self, policy: Policy, tokenizer: Any, ends: list[int], greedy: bool, seeds: Sequence[int]):
+    def __init__(self, lm: Any):
+        base = without_adapter(lm)
+        if not base._supports_default_dynamic_cache():
+            raise ValueError(f"{type(base).__name__} keeps a cache of its own kind: sample from a server")
+        known = inspect.signature(base.forward).parameters
+        self.lm, self.cache, self.takes_positions = lm, _cache(base), "position_ids" in known
+        self.is_recurrent = "cache_params" in known  # then what is padded matters only where it is read
+        self.options = {"cache_params" if self.is_recurrent else "past_key_values": self.cache, "use_cache": True}
+        if "logits_to_keep" in known:
+            self.options["logits_to_keep"] = 1
+        self.real: Tensor | None = None
+
+    def __call__(self, ids: Tensor, real: Tensor) -> Tensor:
+        """`real` is 0 for what pads rows on the left."""
+        if self.real is None:
+            self.real, self.padded = real, not real.all()
+        else:
+            self.real = torch.cat([self.real, real], 1)
+            self.padded = self.padded and not self.is_recurrent
+        options = {"attention_mask": self.real if self.padded else None}
+        if self.takes_positions:
+            options["position_ids"] = (self.real.cumsum(-1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
+        logits: Tensor = self.lm(input_ids=ids, **options, **self.options).logits[:, -1]
+        return logits
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with these, which may be fewer or more."""
+        self.cache.reorder_cache(rows)
+        self.real = self.real[rows]
+
+
+class _Drawing:
+    """What was drawn so far; draws the next token of each row that is left."""
+
+    def __init__(self, policy: Policy, tokenizer: Any, greedy: bool, seeds: Sequence[int], entropy: bool):
         self.sampling, self.tokenizer, self.greedy, self.device = policy.sampling, tokenizer, greedy, policy.device
         shape = (len(seeds), self.sampling.max_new)
         numbers = (torch.rand(shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds)
         self.uniform = torch.stack(list(numbers)).to(self.device)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.logps = torch.zeros(shape, device=self.device)
-        self.entropy: Tensor | None = None
+        self.entropy = torch.zeros(shape, device=self.device) if entropy else None
         self.length = torch.zeros(shape[0], dtype=torch.long, device=self.device)  # 0: has not ended
         self.rows = torch.arange(shape[0], device=self.device)
-        self.ends = torch.tensor(ends, device=self.device)
+        self.ends = torch.tensor(_ends(tokenizer, without_adapter(policy.lm)), device=self.device)
         self.drawn = 0
-        self.config = GenerationConfig(max_new_tokens=shape[1], return_dict_in_generate=True)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logps = filter_logits(scores, **self.sampling.filters).log_softmax(-1)
-        token = scores.argmax(-1) if self.greedy else draw(logps, self.uniform[self.rows, self.drawn])
+    def __call__(self, logits: Tensor) -> Tensor:
+        logps = filter_logits(logits, **self.sampling.filters).log_softmax(-1)
+        probs = logps.exp()
+        token = logits.argmax(-1) if self.greedy else invert(probs, self.uniform[self.rows, self.drawn])
         self.tokens[self.rows, self.drawn] = token
-        self.logps[self.rows, self.drawn] = logps.gather(-1, token[:, None])[:, 0]
+        self.logps[self.rows, self.drawn] = logps.gather(-1, token[:, None])[:, 0].to(self.logps)
         if self.entropy is not None:
-            self.entropy[self.rows, self.drawn] = torch.special.entr(logps.exp()).sum(-1)
+            finite = logps.clamp_(min=torch.finfo(logps.dtype).min)
+            self.entropy[self.rows, self.drawn] = -torch.linalg.vecdot(probs, finite).to(self.entropy)
         self.drawn += 1
         ended = torch.isin(token, self.ends) | self._stopped()
         self.length[self.rows] = torch.where(ended & (self.length[self.rows] == 0), self.drawn, self.length[self.rows])
-        return scores.fill_(-torch.inf).scatter_(-1, token[:, None], 0)
+        return token
 
     def _stopped(self) -> Tensor:
         """Whether the newest token completes a stop string; a token has at least one byte."""
@@ -180,9 +204,15 @@ class _Drawing(LogitsProcessor):
         return torch.tensor([any(x in text for x in self.sampling.stop) for text in texts], device=self.device)
 
     def left(self) -> Tensor:
-        """The places, among the rows that were left, of those that are; the others are left out from here on."""
-        places = (self.length[self.rows] == 0).nonzero()[:, 0]
-        self.rows = self.rows[places]
+        """The places of the rows to go on with: once half of them have ended, those that have not.
+
+        An accelerator is asked at every eighth token, as it has to be waited for.
+        """
+        places = torch.arange(len(self.rows), device=self.device)
+        if self.device.type == "cpu" or self.drawn % 8 == 0:
+            going = (self.length[self.rows] == 0).nonzero()[:, 0]
+            if 2 * len(going) <= len(places):
+                self.rows, places = self.rows[going], going
         return places
 
     def lengths(self) -> Tensor:
@@ -196,17 +226,6 @@ class _Drawing(LogitsProcessor):
         ended = (self.length > 0).tolist()
         rows = zip(self.tokens.tolist(), self.logps.tolist(), self.lengths().tolist(), ended)
         return [Answer(ids[:length], logps[:length], not end) for ids, logps, length, end in rows]
-
-
-class _Ended(StoppingCriteria):
-    """Ends the call of `generate` when its rows have ended, or half of them if they can be taken out."""
-
-    def __init__(self, drawing: _Drawing, divisible: bool):
-        self.drawing, self.divisible = drawing, divisible
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        ended = self.drawing.length[self.drawing.rows] > 0
-        return ended | (2 * ended.sum() >= len(ended)) if self.divisible else ended
 
 
 class _Layer(DynamicLayer):
@@ -228,12 +247,8 @@ class _Layer(DynamicLayer):
         self.keys, self.values = (x[..., :end, :] for x in self.whole)
         return self.keys, self.values
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.whole = None
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
         self.whole = None
 
 
@@ -261,27 +276,9 @@ def _check(policy: Policy, tokenizer: Any, encoded: Sequence[list[int]], n: int,
         )
 
 
-def _has_divisible_cache(lm: Any) -> bool:
-    """Whether rows of its cache can be repeated and taken out; those of recurrent states cannot."""
-    if not lm._supports_default_dynamic_cache():
-        return False
-    layers = DynamicCache(config=lm.config.get_text_config(decoder=True)).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
 def _ends(tokenizer: Any, lm: Any) -> list[int]:
     own = lm.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *([] if own is None else [own] if isinstance(own, int) else own)})
-
-
-@contextmanager
-def _generating(base: Any, config: GenerationConfig) -> Iterator[None]:
-    """`config` instead of the model's own, whose penalties and filters would make samples of another distribution."""
-    own, base.generation_config = base.generation_config, config
-    try:
-        yield
-    finally:
-        base.generation_config = own
 
 
 def decode(tokenizer: Any, ids: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> list[str]:
