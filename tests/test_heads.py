@@ -184,7 +184,7 @@ def test_only_counted_positions_go_through_the_head(kind: str) -> None:
 @kinds
 def test_a_chunk_has_as_many_positions_whatever_the_vocabulary_needs(kind: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(heads, "LOGITS", 44)
-    monkeypatch.setattr(heads, "ROWS", {"cpu": 3})
+    monkeypatch.setattr(heads, "ROWS", {"cpu": 4})
     hidden, weight = torch.zeros(1, 11, 1), torch.zeros(11, 1)
     ids, mask = torch.zeros(1, 11, dtype=torch.long), torch.ones(1, 11, dtype=torch.bool)
     with Shapes() as shapes:
@@ -192,7 +192,7 @@ def test_a_chunk_has_as_many_positions_whatever_the_vocabulary_needs(kind: str, 
     assert shapes.positions(11) == {4, 2}
     with Shapes() as shapes:
         head(kind, hidden, torch.zeros(100, 1), None, ids, mask, None)
-    assert shapes.positions(100) == {3, 1}  # at least three
+    assert shapes.positions(100) == {4, 2}  # at least four
 
 
 @kinds
