@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN = .venv/bin
-SOURCES = alignkit recipes tests
+SOURCES = alignkit recipes tests benchmarks
 
 .PHONY: bench demo demo-diffusion demo-rl demo-rlhf test test-slow test-bench lint docs-check docs
 

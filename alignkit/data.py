@@ -4,6 +4,7 @@ A row is a dict such as `{"ids": [5, 2, 9], "mask": [False, True, True]}`; for a
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,8 @@ def pad(nested: Any) -> Tensor:
         return torch.stack(parts)
     if len({x.shape[:-1] for x in parts}) > 1:
         raise ValueError(f"only the last axis may be ragged, not {sorted({tuple(x.shape) for x in parts})}")
-    time, dtype = max(x.shape[-1] for x in parts), next((x.dtype for x in parts if x.numel()), parts[0].dtype)
+    time = max(x.shape[-1] for x in parts)
+    dtype = reduce(torch.promote_types, [x.dtype for x in parts if x.numel()] or [parts[0].dtype])
     return torch.stack([torch.nn.functional.pad(x.to(dtype), (0, time - x.shape[-1])) for x in parts])
 
 

@@ -129,7 +129,8 @@ def _run(
             started=time.time(), **common,
         )  # fmt: skip
         job.write_text(json.dumps(asdict(told), default=str))
-        for line in group([sys.executable, "-m", "benchmarks.side", str(job)], environment(options)):
+        env = environment(options) | {"HF_DATASETS_CACHE": own}
+        for line in group([sys.executable, "-m", "benchmarks.side", str(job)], env):
             if os.environ.get("BENCH_VERBOSE"):
                 print(line, end="", flush=True)
         return json.loads(result.read_text())

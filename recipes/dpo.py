@@ -39,7 +39,7 @@ def main(
     def with_reference(b):
         return b | {"ref_logps": infer(ref, b["ids"], b["mask"], rows=micro).sum(-1)}  # [B, 2]
 
-    rows = hf.precompute(rows, with_reference, model=ref, batch=micro) if precompute else rows
+    rows = hf.precompute(rows, with_reference, model=ref, batch=micro, args=args) if precompute else rows
 
     def batches(step):
         stream = hf.stream(rows, batch=batch, seed=seed, start=step)

@@ -54,6 +54,7 @@ WRITTEN = {
     "server.md": "rollouts from vLLM, SGLang or transformers serve",
     "image_models.md": "diffusion models as policies: DDPO and its family on the functions of text",
     "rlhf.md": "SFT, reward model, PPO on the built-in world: true reward against KL",
+    "speed.md": "what is not computed, what to turn, and measurements beside TRL and torchrl",
     "trl.md": "the class API of TRL 0.7: what is there, and where it differs from the release",
 }
 """Pages by hand, and what they are about."""

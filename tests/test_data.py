@@ -25,6 +25,11 @@ from alignkit.testing.strategies import seeds
 # columns
 
 
+def test_no_number_is_cut_to_the_kind_of_those_before_it() -> None:
+    assert pad([[0, 1], [0.5]]).tolist() == [[0, 1], [0.5, 0]]
+    assert pad([[True], [2, 3]]).tolist() == [[1, 0], [2, 3]]
+
+
 def test_the_innermost_lists_are_padded_on_the_right() -> None:
     assert pad([[1, 2, 3], [4]]).tolist() == [[1, 2, 3], [4, 0, 0]]
     assert pad([[[1], [2, 3]], [[], [4]]]).tolist() == [[[1, 0], [2, 3]], [[0, 0], [4, 0]]]

@@ -94,7 +94,7 @@ def check(args: TrainingArguments) -> None:
     tokens = getattr(args, "micro_tokens", None)
     if tokens is not None and tokens < 1:
         raise ValueError(f"micro_tokens={tokens} must be at least 1")
-    if tokens is not None and args.deepspeed:
+    if tokens is not None and (args.deepspeed or getattr(args, "deepspeed_plugin", None)):
         raise ValueError(f"micro_tokens={tokens} cannot act with deepspeed, which counts micro-batches itself")
     if args.max_steps > 0 and args.num_train_epochs != type(args).__dataclass_fields__["num_train_epochs"].default:
         raise ValueError(f"num_train_epochs has no effect beside max_steps={args.max_steps}; give the number of steps")

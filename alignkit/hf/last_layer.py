@@ -21,9 +21,9 @@ def last_layer(lm: Any) -> Head | None:
     capped (Gemma). Whether it is exact is tried on a few tokens, once for each model.
     """
     base = without_adapter(lm)
-    if not hasattr(base, "_alignkit_head"):
-        base._alignkit_head = _is_exact(lm, base)
-    return _head(base) if base._alignkit_head else None
+    if "_alignkit_head" not in vars(lm):  # not of the model within an adapter
+        lm._alignkit_head = _is_exact(lm, base)
+    return _head(base) if vars(lm)["_alignkit_head"] else None
 
 
 def _head(base: Any) -> Head | None:
@@ -45,7 +45,8 @@ def _weight(layer: Any) -> tuple[Any, Any]:
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
     for name in active:
         drops = getattr(layer.lora_dropout[name], "p", 0) > 0
-        if drops or layer.lora_variant.get(name) or layer.lora_bias.get(name):
+        mixed = layer.lora_A[name].weight.dtype != weight.dtype
+        if drops or mixed or layer.lora_variant.get(name) or layer.lora_bias.get(name):
             return None, None
         weight = weight + layer.get_delta_weight(name)
     return weight, bias

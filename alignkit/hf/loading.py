@@ -60,10 +60,13 @@ def checked(dtype: str, lora: int | PeftConfig | None) -> torch.dtype:
 
 
 def turn_off_dropout(model: nn.Module) -> None:
-    """Set the rate of all dropout modules to 0."""
+    """Set every rate of dropout to 0, those that a layer reads from an attribute included."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def is_no_place(name: str) -> bool:

@@ -121,6 +121,9 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """SDPA as transformers calls it; with a `layout`, of each segment with those before it."""
+    sparse = [name for name, x in options.items() if "indices" in name and x is not None]
+    if sparse or (layout is not None and attention_mask.numel() > 1):
+        raise NotImplementedError(f"{type(module).__name__} has a mask of its own")
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     sizes = [segment.length for segment in layout.segments]
@@ -152,7 +155,9 @@ class Body:
         windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
         self.limit = min((x for x in windows if x), default=None)
         self.packs = False
-        if self.attention in ("sdpa", NAME) and base._can_set_attn_implementation():
+        if getattr(config, "attn_temperature_tuning", None):
+            pass  # by the place in the packed row
+        elif self.attention in ("sdpa", NAME) and base._can_set_attn_implementation():
             base.set_attn_implementation(NAME)
             self.packs = self._is_exact(lm, base)
             if not self.packs:

@@ -5,6 +5,7 @@ import marshal
 import sys
 import uuid
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from enum import Enum
 from functools import partial
 from importlib.metadata import version
@@ -13,8 +14,10 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, Modul
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, config
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from alignkit import data
 from alignkit.hf.files import bars_in_terminals_only
@@ -28,8 +31,17 @@ LIBRARIES = frozenset({"torch", "transformers", "peft", "datasets", "alignkit"})
 """Whose versions or code are part of a key."""
 
 
-def precompute(rows: Rows, fn: Callable[[Batch], Batch], *, model: nn.Module, batch: int) -> Dataset:
+def precompute(
+    rows: Rows,
+    fn: Callable[[Batch], Batch],
+    *,
+    model: nn.Module,
+    batch: int,
+    args: TrainingArguments | None = None,
+) -> Dataset:
     """The rows with the new columns of `fn(columns)`, computed `batch` rows at a time without gradient.
+
+    `args` are those of the run, for its mixed precision; by default what is in force.
 
     They are kept in the cache of `datasets` and found there by what decides them: the rows; the bytes of the model's
     parameters and buffers, its config, sampling and adapters; the code of `fn` and the values it reaches; `batch`; the
@@ -47,11 +59,15 @@ def precompute(rows: Rows, fn: Callable[[Batch], Batch], *, model: nn.Module, ba
     def compute(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         part = [dict(zip(columns, values)) for values in zip(*columns.values())]
         given = data.collate(part)
-        with torch.no_grad():
+        with torch.no_grad(), mixed:
             new = {name: x.cpu() for name, x in fn(given).items() if name not in given}
         return {name: _cut(x, given, part) for name, x in new.items()}
 
-    key = _key(table._fingerprint, fn, model, batch)
+    device = process().device.type
+    dtype = torch.bfloat16 if args and args.bf16 else torch.float16 if args and args.fp16 else None
+    mixed = torch.autocast(device, dtype) if dtype else nullcontext()
+    with mixed:
+        (key,) = broadcast_object_list([_key(table._fingerprint, fn, model, batch)])
     folder = Path(config.HF_DATASETS_CACHE)
     folder.mkdir(parents=True, exist_ok=True)
     bars_in_terminals_only()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
+from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -111,7 +112,7 @@ def _draw(
 ) -> "_Drawing":
     """All answers, drawn in this process: each prompt is read once, then the newest token of every row."""
     _check(policy, tokenizer, encoded, n, seeds)
-    drawing, reader = _Drawing(policy, tokenizer, greedy, seeds, entropy), _Reader(policy.lm)
+    drawing, reader = _Drawing(policy, tokenizer, greedy, seeds, entropy), _reader(policy.lm)
     longest = max(map(len, encoded))
     ids = torch.tensor([[0] * (longest - len(x)) + x for x in encoded], device=policy.device)
     real = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in encoded], device=policy.device)
@@ -130,38 +131,62 @@ def _draw(
             logits = reader(tokens[:, None], torch.ones_like(tokens)[:, None])
 
 
-class _Reader:
-    """The logits [rows, V] behind the newest tokens, with what the model keeps of those that it has read."""
+class _Rereader:
+    """The logits [rows, V] behind the newest tokens, for which all before them are read again."""
 
     def __init__(self, lm: Any):
-        base = without_adapter(lm)
-        if not base._supports_default_dynamic_cache():
-            raise ValueError(f"{type(base).__name__} keeps a cache of its own kind: sample from a server")
-        known = inspect.signature(base.forward).parameters
-        self.lm, self.cache, self.takes_positions = lm, _cache(base), "position_ids" in known
-        self.is_recurrent = "cache_params" in known  # then what is padded matters only where it is read
-        self.options = {"cache_params" if self.is_recurrent else "past_key_values": self.cache, "use_cache": True}
-        if "logits_to_keep" in known:
-            self.options["logits_to_keep"] = 1
-        self.real: Tensor | None = None
+        self.lm = lm
+        self.ids = self.real = torch.zeros(0, 0, dtype=torch.long, device=lm.device)
 
     def __call__(self, ids: Tensor, real: Tensor) -> Tensor:
         """`real` is 0 for what pads rows on the left."""
-        if self.real is None:
-            self.real, self.padded = real, not real.all()
-        else:
-            self.real = torch.cat([self.real, real], 1)
-            self.padded = self.padded and not self.is_recurrent
-        options = {"attention_mask": self.real if self.padded else None}
-        if self.takes_positions:
-            options["position_ids"] = (self.real.cumsum(-1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
-        logits: Tensor = self.lm(input_ids=ids, **options, **self.options).logits[:, -1]
-        return logits
+        if self.ids.numel():
+            ids, real = torch.cat([self.ids, ids], 1), torch.cat([self.real, real], 1)
+        self.ids, self.real = ids, real
+        time, lengths = ids.shape[1], real.sum(-1)
+        moved = (torch.arange(time, device=ids.device) - lengths[:, None]) % time  # padded on the right
+        logits: Tensor = self.lm(input_ids=ids.gather(1, moved), use_cache=False).logits[:, -time:]
+        return logits[torch.arange(len(logits), device=ids.device), lengths - 1]
 
     def take(self, rows: Tensor) -> None:
         """Go on with these, which may be fewer or more."""
+        self.ids, self.real = self.ids[rows], self.real[rows]
+
+
+class _Reader(_Rereader):
+    """The same with a cache of what was read."""
+
+    def __init__(self, lm: Any, base: Any):
+        super().__init__(lm)
+        known = inspect.signature(base.forward).parameters
+        self.cache, self.takes_positions = _cache(base), "position_ids" in known
+        self.is_recurrent = "cache_params" in known  # then padding matters only where it is read
+        self.options = {"cache_params" if self.is_recurrent else "past_key_values": self.cache, "use_cache": True}
+        if "logits_to_keep" in known:
+            self.options["logits_to_keep"] = 1
+        self.padded = False
+
+    def __call__(self, ids: Tensor, real: Tensor) -> Tensor:
+        if not self.real.numel():
+            self.real, self.padded = real, not real.all()
+        else:
+            self.real, self.padded = torch.cat([self.real, real], 1), self.padded and not self.is_recurrent
+        options = {"attention_mask": self.real if self.padded else None}
+        if self.takes_positions:
+            options["position_ids"] = (self.real.cumsum(-1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
+        logits: Tensor = self.lm(input_ids=ids, **options, **self.options).logits
+        return logits[:, -1]
+
+    def take(self, rows: Tensor) -> None:
         self.cache.reorder_cache(rows)
         self.real = self.real[rows]
+
+
+def _reader(lm: Any) -> _Rereader:
+    """The one for the model: virtual tokens, and caches of a model's own kind, do not go with a cache of rows."""
+    base = without_adapter(lm)
+    virtual = isinstance(lm, PeftModel) and lm.active_peft_config.is_prompt_learning
+    return _Rereader(lm) if virtual or not base._supports_default_dynamic_cache() else _Reader(lm, base)
 
 
 class _Drawing:

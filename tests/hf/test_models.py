@@ -2,13 +2,14 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
     GraniteConfig,
     LlamaConfig,
+    OPTConfig,
     PhiConfig,
 )
 
@@ -241,3 +242,30 @@ def test_a_policy_copies_and_pickles(folder):
     assert again.lm is not policy.lm
     with pytest.raises(AttributeError):
         policy.no_such_attribute  # noqa: B018
+
+
+def test_dropout_that_is_no_module_is_off_too(tmp_path, tokenizer):
+    config = OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+        word_embed_proj_dim=16, dropout=0.5,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ids, mask = rows()
+    policy, _ = hf.causal_lm(tmp_path)
+    torch.testing.assert_close(policy.train()(ids, mask), infer(policy, ids, mask), atol=0, rtol=0)
+
+
+def test_an_adapter_of_another_precision_on_the_head(folder):
+    """peft keeps it in float32: logits in full."""
+    policy, _ = hf.causal_lm(folder, dtype="bfloat16", lora=LoraConfig(r=2, target_modules=["lm_head"]))
+    assert not policy._knows_head
+    ids, mask = rows()
+    assert policy(ids, mask).isfinite().all()
+
+
+def test_what_is_known_of_a_model_is_not_known_of_its_adapter(folder):
+    policy, _ = hf.causal_lm(folder)
+    assert policy._knows_head
+    virtual = get_peft_model(policy.lm, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    assert not Policy(virtual)._knows_head

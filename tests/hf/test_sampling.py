@@ -1,5 +1,6 @@
 import pytest
 import torch
+from peft import PromptTuningConfig
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -67,6 +68,17 @@ def test_other_kinds_of_attention_and_caches(tokenizer, kind):
     policy = Policy(peaked(small(kind, len(tokenizer))), SPECS["top-p"])
     policy.lm.generation_config.eos_token_id = None
     b = hf.sample(policy, tokenizer, PROMPTS, n=3)
+    torch.testing.assert_close(infer(policy, b["ids"], b["mask"]), b["sampler_logps"], atol=2e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_virtual_tokens(folder):
+    """All is read again for every token; the log-probs are still those of the policy."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    policy, tok = hf.causal_lm(folder, lora=config, sampling=Sampling(max_new=6))
+    policy.lm.generation_config.eos_token_id = None
+    b = hf.sample(policy, tok, PROMPTS, n=2)
+    assert b["mask"].sum(-1).tolist() == [6] * 6
     torch.testing.assert_close(infer(policy, b["ids"], b["mask"]), b["sampler_logps"], atol=2e-5, rtol=0)
 
 

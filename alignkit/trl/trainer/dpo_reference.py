@@ -5,24 +5,15 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from alignkit.hf.loading import turn_off_dropout as disable_dropout_in_model
 from alignkit.train import evaluating
 from alignkit.trl.models.modeling_base import create_reference_model
 
 COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
-
-
-def disable_dropout_in_model(model: nn.Module) -> None:
-    """Set every probability of dropout to 0, those that attention reads from an attribute included."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
 
 
 @contextmanager
