@@ -307,11 +307,11 @@ def _at(statistic: _Statistic, inputs: Sequence[Tensor], places: list[int]) -> C
 
 
 def _logps_forward(statistic: _Statistic, *inputs: Tensor) -> Tensor:
-    """The statistic with the logsumexp in place of the logits."""
+    """The statistic with the logsumexp in place of the logits; to the last bit what `_both` has."""
     x, targets, *tensors = inputs
     logits = statistic.made(tensors)[0].logits(x)
     peak, picked = logits.amax(-1, keepdim=True), logits.gather(-1, targets[:, None])
-    return (picked - peak - logits.sub_(peak).exp_().sum(-1, keepdim=True).log_())[:, 0]
+    return (picked - logits.sub_(peak).exp_().sum(-1, keepdim=True).log_().add_(peak))[:, 0]
 
 
 def _logps_backward(ctx: Any, grad: Tensor, wanted: list[int]) -> dict[int, Any]:

@@ -81,7 +81,7 @@ def rollout(
 
 def _measured(policy: Policy, ref: nn.Module | None, b: Batch, rows: int) -> Batch:
     if "entropy" in b:  # the sampler's
-        measured = {"old_logps": b["sampler_logps"].to(policy.device), "entropy": b["entropy"].to(policy.device)}
+        measured = {"old_logps": b["sampler_logps"].to(policy.device, copy=True)}
     else:
         names = ("old_logps", "entropy", "values")
         measured = dict(zip(names, infer(policy.measure, b["ids"], b["mask"], rows=rows)))

@@ -57,36 +57,6 @@ def folder(request, tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
-def norms_in_float64(monkeypatch):
-    """Of transformers' models in float64 RMSNorm alone computes in float32; which would hide what is to be seen."""
-    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
-    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-    from transformers.models.granite.modeling_granite import GraniteRMSNorm
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-    from transformers.models.mistral.modeling_mistral import MistralRMSNorm
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
-
-    def rms(self, x):
-        eps = getattr(self, "variance_epsilon", None) or self.eps
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-
-    def layer(self, x):
-        return rms(self, x - x.mean(-1, keepdim=True))
-
-    for norm in (
-        LlamaRMSNorm,
-        Qwen2RMSNorm,
-        Qwen3RMSNorm,
-        MistralRMSNorm,
-        GraniteRMSNorm,
-        Gemma2RMSNorm,
-    ):
-        monkeypatch.setattr(norm, "forward", rms)
-    monkeypatch.setattr(CohereLayerNorm, "forward", layer)
-
-
-@pytest.fixture
 def jsonl(tmp_path):
     def write(rows, name="data.jsonl"):
         path = tmp_path / name

@@ -267,5 +267,6 @@ def test_an_adapter_of_another_precision_on_the_head(folder):
 def test_what_is_known_of_a_model_is_not_known_of_its_adapter(folder):
     policy, _ = hf.causal_lm(folder)
     assert policy._knows_head
-    virtual = get_peft_model(policy.lm, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with quiet_peft():
+        virtual = get_peft_model(policy.lm, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     assert not Policy(virtual)._knows_head

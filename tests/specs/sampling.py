@@ -16,6 +16,12 @@ for name, options in {
         "rows alone vmap dtype",
     )
 row(
+    "sampling.invert",
+    sampling.invert,
+    lambda s: {"probs": s.real(*s.lead, VOCAB).softmax(-1), "uniform": s.real(*s.lead).sigmoid()},
+    "rows alone vmap",
+)
+row(
     "sampling.draw",
     sampling.draw,
     lambda s: {"logits": s.real(*s.lead, VOCAB), "uniform": s.real(*s.lead).sigmoid()},

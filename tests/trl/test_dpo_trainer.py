@@ -400,6 +400,7 @@ def test_resuming_ends_with_the_parameters_of_the_uninterrupted_run(make, tmp_pa
     assert resumed.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"] != pytest.approx(LOG_2, abs=1e-3)
 
 
+@pytest.mark.usefixtures("norms_in_float64")
 def test_the_shell_ends_where_the_recipe_ends(tmp_path, jsonl):
     policy, tokenizer = hf.causal_lm("builtin:tiny", dtype="float64")
     folder = tmp_path / "model"
