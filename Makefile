@@ -1,8 +1,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
-SOURCES = alignkit recipes tests benchmarks
+SOURCES = alignkit recipes tests benchmarks papers
 
-.PHONY: bench demo demo-diffusion demo-rl demo-rlhf test test-slow test-bench lint docs-check docs
+.PHONY: bench papers demo demo-diffusion demo-rl demo-rlhf test test-slow test-bench lint docs-check docs
 
 demo: .venv/.done
 	OMP_NUM_THREADS=1 $(BIN)/alignkit demo
@@ -29,6 +29,9 @@ test-bench: .venv/.done
 bench: .venv/.done
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks $(BENCH)
+
+papers: .venv/.done
+	OMP_NUM_THREADS=2 $(BIN)/alignkit papers check --tier ci --tier cpu
 
 lint: .venv/.done
 	$(BIN)/ruff check $(SOURCES)

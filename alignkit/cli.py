@@ -1,4 +1,4 @@
-"""The command line: `alignkit run | list | new | diff | explain | demo | check | ratio | conventions`.
+"""The command line: `alignkit run | list | new | diff | explain | demo | check | ratio | conventions | papers`.
 
 `run(main)` gives a recipe its own.
 """
@@ -131,6 +131,14 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--examples", type=int, default=50, metavar="N", help="drawn cases per law (50)")
     command(_ratio, "whether a model scores what is sampled from it: alignkit ratio --top-p 0.9", add_help=False)
     command(_conventions, "what peers compute under one name, side by side on one batch")
+    made = command(_papers, "claims of papers, run and judged: alignkit papers list | run NAME | check")
+    made.add_argument("action", choices=["list", "run", "check"])
+    made.add_argument("names", nargs="*", metavar="NAME", help="folders in papers/, or beginnings of their names")
+    made.add_argument("--tier", action="append", default=[], choices=["ci", "cpu", "slow", "gpu"])
+    made.add_argument("--first-seed", type=int, default=0, metavar="N", help="other seeds than those of the results")
+    made.add_argument("--only", metavar="RUN", help="run: one run of the paper")
+    made.add_argument("--seeds", type=int, default=0, metavar="N", help="run: not as many as claims.toml says")
+    made.add_argument("--accept", action="store_true", help="check: publish verdicts even where a claim was lost")
     return parser
 
 
@@ -189,6 +197,18 @@ def _conventions(args: Any, rest: list[str]) -> None:
     from alignkit.conventions import report
 
     print(report())
+
+
+def _papers(args: Any, rest: list[str]) -> int | None:
+    from alignkit.papers import shell
+
+    if args.action == "list":
+        return shell.show()
+    if args.action == "check":
+        return shell.check(args.names, tiers=args.tier, first_seed=args.first_seed, accept=args.accept)
+    if not args.names:
+        raise ValueError("run needs a NAME; `alignkit papers list` shows them")
+    return shell.run(args.names, tiers=args.tier, only=args.only, first_seed=args.first_seed, seeds=args.seeds)
 
 
 def ratio(

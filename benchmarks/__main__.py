@@ -1,4 +1,4 @@
-"""`python -m benchmarks [run|scaling|cli] [options]`: see --help."""
+"""`python -m benchmarks [run|scaling|decoding|cli] [options]`: see --help."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from benchmarks import report
 from benchmarks.cli import cli
+from benchmarks.decoding import decoding
 from benchmarks.run import GAE_SIDES, SIDES, Options, measure
 from benchmarks.scaling import scaling
 from benchmarks.workloads import ARCHITECTURES, WORKLOADS, Shape, changed
@@ -21,7 +22,7 @@ def words(text: str) -> tuple[str, ...]:
 def parser() -> argparse.ArgumentParser:
     """Of all commands."""
     out = argparse.ArgumentParser(prog="python -m benchmarks", description="alignkit beside its peers")
-    out.add_argument("command", nargs="?", choices=("run", "scaling", "cli"), default="run")
+    out.add_argument("command", nargs="?", choices=("run", "scaling", "decoding", "cli"), default="run")
     out.add_argument("--only", type=words, default=(), help=f"of {','.join(WORKLOADS)}; of scaling, words of a sweep")
     known = sorted({*SIDES, *GAE_SIDES})
     out.add_argument("--sides", type=words, default=(), help=f"beside alignkit, of {','.join(known)}")
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"unknown: {', '.join(unknown)}; workloads are {', '.join(WORKLOADS)}; see --help for sides")
     if given.command == "scaling":
         scaling(options, {name: x for name, x in shape.items() if x is not None}, given.only)
+    elif given.command == "decoding":
+        decoding(options, shape)
     elif given.command == "cli":
         cli(options)
     else:

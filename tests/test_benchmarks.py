@@ -167,3 +167,15 @@ def test_shapes_that_cannot_be():
         Workload("rloo", Shape(ragged=True))
     with pytest.raises(SystemExit, match="unknown: dqo"):
         main(["--only", "dqo"])
+
+
+@pytest.mark.slow
+def test_ways_to_decode(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    threads = torch.get_num_threads()
+    main(["decoding", "--repeats", "1", *(word for k, x in TINY.items() for word in (f"--{k}", str(x)))])
+    torch.set_num_threads(threads)
+    records = [json.loads(line) for line in (tmp_path / "decoding.jsonl").read_text().splitlines()]
+    assert records[0]["side"] == "alignkit"
+    assert len(records) == 5
+    assert all(record["step_s"] > 0 for record in records)
