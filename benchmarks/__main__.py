@@ -62,12 +62,14 @@ def main(argv: list[str] | None = None) -> None:
         cli(options)
     else:
         records = []
-        for name in given.only or WORKLOADS:
-            new = measure(name, options, changed(WORKLOADS[name], **shape))
-            print(f"\n{report.table(new)}", flush=True)
-            records += new
-        report.write("results", records, note=report.conditions(records))
-        report.bars("results", records)
+        try:
+            for name in given.only or WORKLOADS:
+                records += measure(name, options, changed(WORKLOADS[name], **shape))
+                print(f"\n{report.table([x for x in records if x['workload'] == name])}", flush=True)
+        finally:  # what was measured before sides disagree, or Ctrl-C, is not lost
+            if records:
+                report.write("results", records, note=report.conditions(records))
+                report.bars("results", records)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def measure(name: str, options: Options, workload: Workload | None = None) -> li
         checks = {}
         if workload.kind in ON_POLICY:
             checks = {s: [_run(Path(folder), s, workload, options, 1, check=True)["first"]] for s in sides}
-            agree(name, checks, options.tolerance)
+            agree(name, checks, options.tolerance + workload.rounding)
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for _ in range(options.repeats):
             for side in sides:

@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class Workload:
     def prompts(self) -> int:
         """Prompts of one step."""
         return self.shape.batch // self.shape.group if self.kind in ON_POLICY else self.shape.batch
+
+    @property
+    def rounding(self) -> float:
+        """Relative error in float32 of a ratio of whole answers: exp of two sums, each of log V nats a token."""
+        return 2 * self.shape.completion * log(self.shape.vocab) * 2**-23 if self.kind == "rloo" else 0.0
 
     @property
     def answers(self) -> int:

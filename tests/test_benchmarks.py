@@ -179,3 +179,16 @@ def test_ways_to_decode(tmp_path, monkeypatch, capsys):
     assert records[0]["side"] == "alignkit"
     assert len(records) == 5
     assert all(record["step_s"] > 0 for record in records)
+
+
+def test_what_was_measured_before_sides_disagree_is_kept(tmp_path, monkeypatch):
+    def measure(name, *_):
+        if name != "sft-fixed":
+            raise ValueError("do not compute the same")
+        return [record("alignkit", 1.0, 1.0)]
+
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.__main__.measure", measure)
+    with pytest.raises(ValueError, match="do not compute the same"):
+        main(["--only", "sft-fixed,dpo-fixed"])
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1

@@ -3,6 +3,7 @@
 import ast
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import pytest
 from alignkit import cli
 from alignkit.papers import shell
 from alignkit.papers.claims import Claim, Criterion
-from alignkit.papers.folders import papers, read
+from alignkit.papers.folders import Mutant, papers, read
 from tests.papers import judged
 
 ROOT = Path(__file__).parents[1]
 PAPERS = papers()
+CHEAP = [p for p in PAPERS if any(tier == "ci" for tier, _ in p.runs.values())]
+FILES = sorted((ROOT / "papers").glob("*/*.py"))
 CLAIMS = """
 paper = "A. Author (2026), A paper"
 url = "https://example.org"
@@ -75,7 +78,7 @@ class TestTheContract:
         assert len({claim.id for claim in paper.claims}) == len(paper.claims)
         assert {claim.run for claim in paper.claims} == set(paper.runs)
 
-    @pytest.mark.parametrize("file", sorted((ROOT / "papers").glob("*/*.py")), ids=lambda f: f"{f.parent.name}/{f.stem}")
+    @pytest.mark.parametrize("file", FILES, ids=lambda f: f"{f.parent.name}/{f.stem}")
     def test_a_folder_uses_what_is_public(self, file):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
@@ -98,7 +101,7 @@ class TestTheContract:
             assert verdict in ("holds", "differs") or (verdict == "not run" and tier == "gpu"), claim
 
 
-@pytest.mark.parametrize("paper", [p for p in PAPERS if any(run[0] == "ci" for run in p.runs.values())], ids=lambda p: p.name)
+@pytest.mark.parametrize("paper", CHEAP, ids=lambda p: p.name)
 def test_what_is_cheap_still_comes_out(paper):
     runs = {name: seeds for name, (tier, seeds) in paper.runs.items() if tier == "ci"}
     lines = [paper.measure(name, seed) for name, seeds in runs.items() for seed in range(seeds)]
@@ -108,21 +111,20 @@ def test_what_is_cheap_still_comes_out(paper):
             assert claim.judge(lines, runs[claim.run])[0] == published[paper.name, claim.id], claim.id
 
 
-def cheap(paper, name):
-    claim = next(c for c in paper.claims if c.id == paper.mutants[name].claim)
-    return paper.runs[claim.run][0] == "ci"
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("paper", "name"),
-    [
-        pytest.param(p, name, id=f"{p.name}-{name}", marks=[] if cheap(p, name) else pytest.mark.slow)
-        for p in PAPERS
-        for name in p.mutants
-    ],
+    ("paper", "name"), [pytest.param(p, name, id=f"{p.name}-{name}") for p in PAPERS for name in p.mutants]
 )
 def test_a_mutant_fails_its_claim(paper, name):
     assert judged(paper, name).startswith("fails")
+
+
+def test_mutants_are_found(tmp_path):
+    (paper,) = papers(["kl-"])
+    assert judged(paper, "k2-without-half").startswith("fails")
+    gone = replace(paper, mutants={"gone": Mutant("run.py", "not there", "", "unbiased")})
+    with pytest.raises(ValueError, match="mutant gone: 'not there' is 0 times"):
+        judged(gone, "gone")
 
 
 class TestVerdicts:
