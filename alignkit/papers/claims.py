@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 KINDS = ("identity", "number", "trend")
+VERDICTS = ("holds", "differs", "fails", "not run")
 LEAST_SEEDS = 5
 """Of a confidence interval."""
 Line = dict[str, Any]
