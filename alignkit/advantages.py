@@ -129,7 +129,8 @@ def on_policy_distillation(
 ) -> Float[Tensor, "*shape"]:
     """-(log pi - log teacher): minus the k1 estimate of the reverse KL, per token of the student's own samples.
 
-    Without gradient, as advantages are.     Lu & Thinking Machines Lab 2025, https://thinkingmachines.ai/blog/on-policy-distillation.
+    Without gradient, as advantages are. Lu and Thinking Machines Lab 2025,
+    https://thinkingmachines.ai/blog/on-policy-distillation.
     """
     return (promote(teacher_logps) - promote(logps)).detach()
 
