@@ -2,10 +2,12 @@
 
 import runpy
 import tempfile
+from pathlib import Path
 
 from alignkit import hf
 from alignkit.hf import diffusion
 
+FOLDER = Path(__file__).parents[2] / "recipes"
 ROUNDS, ROLLOUT, DENOISING = 24, 128, diffusion.Denoising(steps=5, guidance=1.0)
 OPTIONS = {"rollout": ROLLOUT, "warmup_steps": 5, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
 RECIPES = {  # optimizer steps of a rollout, and options; learning rates from a grid on a seed that is not reported
@@ -31,7 +33,7 @@ def train(recipe, reward, out, seed):
     """A model into the folder `out`."""
     updates, options = RECIPES[recipe]
     options = OPTIONS | options | {"steps": ROUNDS * updates, "reward": (reward,), "out": out, "seed": seed}
-    runpy.run_path(f"recipes/{recipe}.py")["main"](denoising=DENOISING, **options)
+    runpy.run_path(str(FOLDER / f"{recipe}.py"))["main"](denoising=DENOISING, **options)
 
 
 def size(model, seed):
