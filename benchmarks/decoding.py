@@ -30,7 +30,7 @@ def decoding(options: Options, given: dict[str, Any]) -> None:
         save_model(workload, Path(name), options.seed)
         save_tokenizer(shape.vocab, Path(name))
         policy, tokenizer = hf.causal_lm(name, sampling=Sampling(max_new=shape.completion))
-        lm, bodied = (AutoModelForCausalLM.from_pretrained(name).to(device) for _ in range(2))
+        lm, compiled = (AutoModelForCausalLM.from_pretrained(name).to(device) for _ in range(2))
     policy.to(device)
     draw = torch.Generator().manual_seed(options.seed)
     prompt = torch.randint(2, shape.vocab, (1, shape.prompt), generator=draw).tolist()
@@ -52,14 +52,13 @@ def decoding(options: Options, given: dict[str, Any]) -> None:
         with torch.no_grad():
             lm.generate(input_ids=ids, **length, **options, **cache)
 
-    compiled = hf.Policy(bodied, policy.sampling)
-    bodied.base_model.forward = torch.compile(bodied.base_model.forward, dynamic=True)
+    compiled.forward = torch.compile(compiled.forward, dynamic=False)
     ways = {
         "alignkit": partial(loop, policy),
         "alignkit, keys and values copied at each token": growing,
-        "alignkit, body compiled (dynamic shapes)": partial(loop, compiled),
         "generate, dynamic cache": partial(generate, lm),
         "generate, static cache": partial(generate, lm, cache_implementation="static"),
+        "generate, static cache, compiled": partial(generate, compiled, cache_implementation="static"),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.repeats + 1):
