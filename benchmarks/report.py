@@ -81,14 +81,16 @@ def curves(name: str, records: Records) -> None:
     plt = _pyplot()
     sweeps = list(dict.fromkeys(r["sweep"] for r in records))
     figure, axes = plt.subplots(2, len(sweeps), figsize=(4 * len(sweeps), 7), squeeze=False, layout="constrained")
+    keys = dict.fromkeys((r["method"], r["side"]) for r in records)
     for j, sweep in enumerate(sweeps):
-        for key in dict.fromkeys((r["method"], r["side"]) for r in records if r["sweep"] == sweep):
+        for i, key in enumerate(keys):
             points = [r for r in records if (r["method"], r["side"]) == key and r["sweep"] == sweep]
-            style = {"marker": "o", "label": " ".join(key), "linestyle": "-" if key[1] == "alignkit" else "--"}
+            style = {"marker": "o", "label": " ".join(key), "color": f"C{i}"}
+            style["linestyle"] = "-" if key[1] == "alignkit" else "--"
             axes[0, j].plot([r["at_value"] for r in points], [r["step_s"] for r in points], **style)
-            line = axes[1, j].plot([r["at_value"] for r in points], [r["peak_mb"] for r in points], **style)[0]
+            axes[1, j].plot([r["at_value"] for r in points], [r["peak_mb"] for r in points], **style)
             less = [r["peak_less_vocab_mb"] for r in points]
-            axes[1, j].plot([r["at_value"] for r in points], less, color=line.get_color(), linestyle=":")
+            axes[1, j].plot([r["at_value"] for r in points], less, color=f"C{i}", linestyle=":")
         axes[1, j].set_xlabel(sweep)
         for axis in axes[:, j]:
             axis.set_ylim(bottom=0)
