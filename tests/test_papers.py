@@ -102,6 +102,7 @@ class TestTheContract:
             assert said or verdict in ("holds", "differs") or (verdict == "not run" and tier == "gpu"), claim
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, in jvp
 @pytest.mark.parametrize("paper", CHEAP, ids=lambda p: p.name)
 def test_what_is_cheap_still_comes_out(paper):
     runs = {name: seeds for name, (tier, seeds) in paper.runs.items() if tier == "ci"}
@@ -121,7 +122,7 @@ def test_a_mutant_fails_its_claim(paper, name):
 
 
 def test_mutants_are_found(tmp_path):
-    (paper,) = papers(["kl-"])
+    (paper,) = papers(["kl-schulman"])
     assert judged(paper, "k2-without-half").startswith("fails")
     gone = replace(paper, mutants={"gone": Mutant("run.py", "not there", "", "unbiased")})
     with pytest.raises(ValueError, match="mutant gone: 'not there' is 0 times"):

@@ -48,7 +48,7 @@ def kto_slopes(ref, p, beta, lambda_u=1.0):
     odds = torch.linspace(-8, 8, 161).requires_grad_()
     logps = torch.stack([odds / 2, -odds / 2], -1).log_softmax(-1)
     log_ratios = logps - ref.log()
-    point = categorical(logps, ref.log()).detach()[:, None].expand_as(log_ratios)  # KL(pi || ref)
+    point = categorical(logps, ref.log().expand_as(logps)).detach()[:, None].expand_as(log_ratios)  # KL(pi || ref)
     desirable, chance = torch.ones_like(log_ratios).bool(), torch.tensor([p, 1 - p])
     liked, disliked = (kto(log_ratios, point, x, beta=beta, lambda_u=lambda_u) for x in (desirable, ~desirable))
     (slopes,) = torch.autograd.grad((chance * liked + (1 - chance) * disliked).sum(), odds)

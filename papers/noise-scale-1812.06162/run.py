@@ -55,6 +55,6 @@ def steps(seed):
 
 def best_step(weight, grads, x, reward):
     """(step, gain) at the minimum of the expected loss after a step, which is a parabola in its length."""
-    zero, one, two = (value.squared((weight - e * grads) @ x.T, reward).mean() for e in (0, 1, 2))
+    zero, one, two = (value.squared((weight - e * grads) @ x.T, reward.expand(len(grads), -1)).mean() for e in range(3))
     a, b = (two - 2 * one + zero) / 2, (4 * one - two - 3 * zero) / 2
     return torch.stack([-b / (2 * a), b**2 / (4 * a)])

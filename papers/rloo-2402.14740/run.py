@@ -1,6 +1,5 @@
 """Mean and variance of policy gradients with several baselines, by sums over all groups of answers."""
 
-from functools import partial
 from itertools import product
 
 import torch
@@ -16,7 +15,7 @@ def groups(seed):
     rewards = 2 + 0.5 * drawn
     estimators = {
         "none": lambda r: r, "rloo": leave_one_out, "centre": group_center, "grpo": group_normalize,
-        "remax": partial(remax, greedy_rewards=rewards[logits.argmax()]),
+        "remax": lambda r: remax(r, rewards[logits.argmax()].expand_as(r)),
     }  # fmt: skip
     truth, out = -jacobian(lambda x: x.softmax(-1) @ rewards, logits), {}
     for k in (2, 4):
@@ -43,7 +42,7 @@ def arms(seed):
     logits, rewards = torch.stack([p, 1 - p], -1).log(), torch.stack([torch.ones_like(r), r], -1)
     greedy = rewards.gather(-1, logits.argmax(-1, keepdim=True))
     spread = []
-    for advantages in (rewards, remax(rewards, greedy)):
+    for advantages in (rewards, remax(rewards, greedy.expand_as(rewards))):
         leaf = logits.clone().requires_grad_()
         losses = reinforce(leaf.log_softmax(-1), advantages)
         each = torch.stack([torch.autograd.grad(loss.sum(), leaf, retain_graph=True)[0] for loss in losses.T])

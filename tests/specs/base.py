@@ -23,6 +23,7 @@ UPPER_FLOORS = {
     "demo",
     "difference",
     "explain",
+    "papers",
     "pictures",
     "rl",
     "rlhf",
