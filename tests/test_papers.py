@@ -221,6 +221,15 @@ class TestCommands:
         cli.main(["papers", "run", "coin"]) if "0.9" in old_new[1] else shutil.copy(coin / "run.py", coin / "other")
         cli.main(["papers", "check", "--accept"])
 
+    def test_a_deviation_that_is_none_any_more_is_told(self, coin, capsys):
+        change(coin / "claims.toml", "value = 0.5", "value = 0.9\ndiffers = { metric = 'heads', at_most = 0.6 }")
+        cli.main(["papers", "run", "coin"])
+        cli.main(["papers", "check"])
+        assert "| `fair` | differs |" in (coin.parent / "README.md").read_text()
+        change(coin / "run.py", "< 0.5", "< 0.9")
+        cli.main(["papers", "check"])
+        assert "fair: differs -> holds" in capsys.readouterr().out
+
     def test_a_result_that_is_gone(self, coin, capsys):
         change(coin / "claims.toml", '"ci"', '"slow"')
         cli.main(["papers", "run", "coin", "--tier", "slow"])

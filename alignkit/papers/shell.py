@@ -41,7 +41,7 @@ def check(names: Iterable[str], *, tiers: Sequence[str] = (), first_seed: int = 
     Results of other tiers are those of `results.jsonl`, which is left as it is. What held is what README.md says; it
     is not written where that would hide a loss, unless `accept`.
     """
-    before, lost = _published(), []
+    before, changed, lost = _published(), [], False
     for paper in papers(names):
         lines = paper.lines()
         for name, (tier, many) in paper.runs.items():
@@ -52,14 +52,15 @@ def check(names: Iterable[str], *, tiers: Sequence[str] = (), first_seed: int = 
         found = paper.verdicts(lines)
         _tell(paper, found)
         for claim, (verdict, _) in found.items():
-            old = before.get((paper.name, claim))
-            if old in ("holds", "differs") and verdict != old:
-                lost.append(f"{paper.name} {claim}: {old} -> {verdict}")
-    if lost:
-        print("\nno longer so:\n" + "\n".join(lost))
+            old = before.get((paper.name, claim), verdict)
+            if verdict != old:
+                changed.append(f"{paper.name} {claim}: {old} -> {verdict}")
+                lost |= old == "holds"
+    if changed:
+        print("\nno longer so:\n" + "\n".join(changed))
     if not lost or accept:
         write(papers())
-    return int(bool(lost) and not accept)
+    return int(lost and not accept)
 
 
 def _again(paper: Paper, run: str, seeds: Iterable[int]) -> list[Line]:
